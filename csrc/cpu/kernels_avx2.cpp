@@ -1,0 +1,11 @@
+#define R1K_ISA avx2
+#include "kernels_impl.hpp"
+
+namespace r1k {
+const Kernels kAvx2 = {"avx2",
+                       avx2::exp_tile,
+                       avx2::grad_tile,
+                       avx2::rescale_tile,
+                       avx2::token_forward,
+                       avx2::token_backward};
+}

@@ -1,0 +1,11 @@
+#define R1K_ISA avx512
+#include "kernels_impl.hpp"
+
+namespace r1k {
+const Kernels kAvx512 = {"avx512",
+                         avx512::exp_tile,
+                         avx512::grad_tile,
+                         avx512::rescale_tile,
+                         avx512::token_forward,
+                         avx512::token_backward};
+}
