@@ -1,0 +1,34 @@
+"""Fused kernels for reinforcement learning on long chains of thought.
+
+Log-probabilities, policy losses, group advantages. Needs torch alone; triton is used when it is
+installed and a GPU is there.
+"""
+
+from r1kernels.advantages import group_advantages
+from r1kernels.backend import use_backend
+from r1kernels.check import IGNORE
+from r1kernels.linear_logp import linear_logp
+from r1kernels.linear_loss import linear_loss
+from r1kernels.linear_policy_loss import linear_policy_loss
+from r1kernels.objective import PolicyObjective
+from r1kernels.policy_loss import policy_loss
+from r1kernels.reference.policy_loss import PolicyLoss
+from r1kernels.reference.token_logp import Logp
+from r1kernels.token_logp import token_logp
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IGNORE",
+    "Logp",
+    "PolicyLoss",
+    "PolicyObjective",
+    "__version__",
+    "group_advantages",
+    "linear_logp",
+    "linear_loss",
+    "linear_policy_loss",
+    "policy_loss",
+    "token_logp",
+    "use_backend",
+]

@@ -1,0 +1,265 @@
+"""The linear head on the CPU: library GEMMs on tiles of the vocabulary, row work in C++.
+
+A chunk of C rows meets the weight in slices of `TILE_V` rows. The GEMM writes a tile of logits
+[C, TILE_V]; `exp_tile` reads it back at once and leaves exponentials (or transformed logits) in its
+place. Kept tiles take 4 C V bytes; without `keep` one tile is reused. 16-bit inputs are widened
+slice by slice, so every product and every exponential is float32. The row work reads and writes
+each tile once, from cache; with rows left out, those that stay are read and written once more.
+"""
+
+import torch
+from torch import Tensor
+
+from r1kernels._native.token_logp import gradient_terms
+from r1kernels.reference.token_logp import Logp
+
+try:
+    from r1kernels import _C
+except ImportError as error:
+    raise ImportError(
+        f"the C++ extension is not built ({error}); `pip install .` with a C++ compiler builds it"
+    ) from error
+
+# 2048 columns of 1024 rows are 8 MiB, still in the last-level cache when the row work reads them.
+TILE_V = 2048
+# What exp_tile leaves in a tile (`Store` in csrc/cpu/kernels.hpp)
+NOTHING, EXP, LOGIT = 0, 1, 2
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuses(hidden: Tensor | None = None, *_args: object) -> str | None:
+    """Why these tensors cannot be taken, or None."""
+    if hidden is None:
+        return None
+    if hidden.device.type != "cpu":
+        return f"tensor is on {hidden.device.type}"
+    return None if hidden.dtype in DTYPES else f"dtype {hidden.dtype}"
+
+
+class HeadChunk:
+    """See `r1kernels.chunked_head.HeadChunk`."""
+
+    def __init__(self, head, rows: int, entropy: bool, entropy_grad: bool):
+        self.head = head
+        self.entropy = entropy
+        # The entropy's gradient and the softcap's slope need the logit; all else its exponential.
+        self.store = LOGIT if entropy_grad or head.softcap else EXP
+        vocab, width = head.weight_VD.shape
+        self.edges = [(at, min(at + TILE_V, vocab)) for at in range(0, vocab, TILE_V)]
+        self.capacity = rows
+        self.tiles: Tensor | None = None
+        self.scratch: Tensor | None = None
+        self.slice_SD = (
+            None
+            if head.weight_VD.dtype == torch.float32
+            else torch.empty(min(TILE_V, vocab), width)
+        )
+        self.bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
+        self.threads = torch.get_num_threads()
+
+    @staticmethod
+    def bytes_per_row(head) -> int:
+        return 4 * head.weight_VD.shape[0]
+
+    def forward(self, rows, keep: bool) -> Logp:
+        self._take(rows)
+        count = len(self.targets_C)
+        target_C = self._target_logit()
+        prior_C = (
+            torch.zeros_like(target_C)
+            if rows.prior_T is None
+            else rows.prior_T.float().nan_to_num(0.0).clamp(-8.0, 0.0)
+        )
+        # Finite for a target of -inf, or a tile that is all -inf would come to NaN.
+        anchor_C = (target_C - prior_C).clamp(min=torch.finfo(torch.float32).min)
+        sum_C = torch.zeros(count, dtype=torch.float64)
+        weighted_C = torch.zeros(count, dtype=torch.float64) if self.entropy else None
+        self.anchors = []
+        for first, last in self.edges:
+            tile = self._tile(first, last, count, keep)
+            torch.mm(self.hidden_CD, self._slice(first, last).T, out=tile)
+            _C.exp_tile(
+                **self._where(tile, first, self.targets_C, self.temperature_C),
+                store=self.store if keep else NOTHING,
+                entropy=self.entropy,
+                anchor=anchor_C.data_ptr(),
+                sum=sum_C.data_ptr(),
+                weighted=_address(weighted_C),
+            )
+            if keep and self.store == EXP:
+                self.anchors.append(anchor_C.clone())
+        return self._statistics(target_C, anchor_C, sum_C, weighted_C)
+
+    def gradients(
+        self, active: Tensor | None, dlogp_C: Tensor, dentropy_C: Tensor | None, grads, last: bool
+    ) -> Tensor | None:
+        rows = slice(None) if active is None else active
+        hidden_CD, targets_C = self.hidden_CD[rows], self.targets_C[rows]
+        temperature_C = None if self.temperature_C is None else self.temperature_C[rows]
+        if self.store == LOGIT:
+            stats = Logp(*(None if x is None else x[rows] for x in self.stats))
+            terms = gradient_terms(stats, dlogp_C, dentropy_C, None)
+            factor_C = None
+        else:
+            scale = self.head.logit_scale
+            # dz = factor * E with minus the sum of the others in the target's column; the factor
+            # stays outside both GEMMs.
+            factor_C = (-scale * dlogp_C.double() / self.total_C[rows]).float()
+            if temperature_C is not None:
+                factor_C /= temperature_C
+            final_C = self.anchors[-1] if self.anchors else None
+            minus_C = -self.sum_C[rows].float()
+            hidden_CD = hidden_CD * factor_C[:, None]
+        dhidden_CD = torch.zeros(len(targets_C), hidden_CD.shape[1]) if grads.hidden else None
+        for index, (first, end) in enumerate(self.edges):
+            tile = self._tile(first, end, len(self.targets_C), True)
+            if self.store == EXP:
+                self._settle(tile, index, final_C)
+            # The rows that stay are copied out; all of them if the tile must survive grad_tile.
+            if active is not None or (self.store == LOGIT and not last):
+                tile = self._copy(tile, active)
+            if self.store == LOGIT:
+                where = self._where(tile, first, targets_C, temperature_C)
+                _C.grad_tile(
+                    **where, transformed=True, **{name: _address(x) for name, x in terms.items()}
+                )
+            else:
+                here = (targets_C >= first) & (targets_C < end)
+                at = here.nonzero().squeeze(1)
+                tile[at, targets_C[at] - first] = minus_C[at]
+            weight_SD = self._slice(first, end) if dhidden_CD is not None else None
+            self._accumulate(tile, weight_SD, hidden_CD, factor_C, first, end, dhidden_CD, grads)
+        if dhidden_CD is not None and factor_C is not None:
+            dhidden_CD *= factor_C[:, None]
+        return dhidden_CD
+
+    def backward(
+        self,
+        rows,
+        stats: Logp,
+        dlogp_C: Tensor,
+        dentropy_C: Tensor | None,
+        dlse_C: Tensor | None,
+        grads,
+    ) -> Tensor | None:
+        self._take(rows)
+        terms = gradient_terms(stats, dlogp_C, dentropy_C, dlse_C)
+        dhidden_CD = torch.zeros(self.hidden_CD.shape) if grads.hidden else None
+        for first, last in self.edges:
+            tile = self._tile(first, last, len(self.targets_C), False)
+            weight_SD = self._slice(first, last)
+            torch.mm(self.hidden_CD, weight_SD.T, out=tile)
+            _C.grad_tile(
+                **self._where(tile, first, self.targets_C, self.temperature_C),
+                transformed=False,
+                **{name: _address(x) for name, x in terms.items()},
+            )
+            self._accumulate(tile, weight_SD, self.hidden_CD, None, first, last, dhidden_CD, grads)
+        return dhidden_CD
+
+    def _take(self, rows) -> None:
+        self.hidden_CD = rows.hidden_TD.float()
+        self.targets_C = rows.targets_T.contiguous()
+        temperature_C = rows.temperature_T
+        self.temperature_C = None if temperature_C is None else temperature_C.float().contiguous()
+
+    def _accumulate(
+        self, tile, weight_SD, hidden_CD, factor_C, first, last, dhidden_CD, grads
+    ) -> None:
+        if dhidden_CD is not None:
+            dhidden_CD.addmm_(tile, weight_SD)
+        if grads.weight_VD is not None:
+            grads.weight_VD[first:last].addmm_(tile.T, hidden_CD)
+        if grads.bias_V is not None:
+            grads.bias_V[first:last] += tile.sum(0) if factor_C is None else tile.T @ factor_C
+
+    def _target_logit(self) -> Tensor:
+        weight_CD = self.head.weight_VD[self.targets_C].float()
+        z_C = (self.hidden_CD * weight_CD).sum(-1)
+        if self.bias_V is not None:
+            z_C += self.bias_V[self.targets_C]
+        z_C *= self.head.logit_scale
+        if self.head.softcap:
+            z_C = self.head.softcap * torch.tanh(z_C / self.head.softcap)
+        return z_C if self.temperature_C is None else z_C / self.temperature_C
+
+    def _statistics(
+        self, target_C: Tensor, anchor_C: Tensor, sum_C: Tensor, weighted_C: Tensor | None
+    ) -> Logp:
+        prior_C = target_C.double() - anchor_C
+        exp_C = prior_C.exp()
+        total_C = sum_C + exp_C
+        log_C = total_C.log()
+        # log1p keeps the digits of a logp near 0; far below, where exp(prior) may underflow, the
+        # plain form is exact.
+        logp_C = torch.where(prior_C > -30.0, -torch.log1p(sum_C / exp_C), prior_C - log_C)
+        entropy_C = None
+        if weighted_C is not None:
+            # log S - (u + e q) / S cancels where the target holds most of the mass; its
+            # rearrangement around log1p does not.
+            peaked_C = torch.log1p(sum_C / exp_C) + (prior_C * sum_C - weighted_C) / total_C
+            flat_C = log_C - (weighted_C + torch.where(exp_C > 0, exp_C * prior_C, 0.0)) / total_C
+            entropy_C = torch.where(sum_C < exp_C, peaked_C, flat_C)
+            entropy_C = entropy_C.clamp(min=0.0)  # NaN stays NaN
+        self.sum_C, self.total_C = sum_C, total_C
+        self.stats = Logp(logp_C, entropy_C, anchor_C + log_C)
+        return self.stats
+
+    def _settle(self, tile: Tensor, index: int, final_C: Tensor) -> None:
+        """Brings a tile whose rows were re-anchored later to the last anchor."""
+        if not torch.equal(self.anchors[index], final_C):
+            factor_C = torch.exp(self.anchors[index] - final_C)
+            _C.rescale_tile(
+                tile.data_ptr(), *tile.shape, tile.stride(0), factor_C.data_ptr(), self.threads
+            )
+            self.anchors[index] = final_C
+
+    def _where(
+        self,
+        tile: Tensor,
+        first: int,
+        targets_C: Tensor,
+        temperature_C: Tensor | None,
+    ) -> dict:
+        """What both tile kernels are told. It holds addresses: the caller keeps the tensors."""
+        bias_V = None if self.bias_V is None else self.bias_V[first:]
+        return {
+            "tile": tile.data_ptr(),
+            "rows": tile.shape[0],
+            "cols": tile.shape[1],
+            "ld": tile.stride(0),
+            "first_column": first,
+            "bias": _address(bias_V),
+            "targets": targets_C.data_ptr(),
+            "logit_scale": self.head.logit_scale,
+            "softcap": self.head.softcap,
+            "temperature": _address(temperature_C),
+            "threads": self.threads,
+        }
+
+    def _tile(self, first: int, last: int, count: int, keep: bool) -> Tensor:
+        """Logits of `count` rows and columns [first, last), contiguous for the GEMMs."""
+        if self.tiles is None:
+            self.tiles = torch.empty(
+                self.capacity
+                * (self.head.weight_VD.shape[0] if keep else min(TILE_V, self.edges[-1][1]))
+            )
+        at = self.capacity * first if keep else 0
+        return self.tiles[at : at + count * (last - first)].view(count, last - first)
+
+    def _copy(self, tile: Tensor, active: Tensor | None) -> Tensor:
+        if self.scratch is None:
+            self.scratch = torch.empty(self.capacity * min(TILE_V, self.edges[-1][1]))
+        count = len(tile) if active is None else len(active)
+        out = self.scratch[: count * tile.shape[1]].view(count, tile.shape[1])
+        return out.copy_(tile) if active is None else torch.index_select(tile, 0, active, out=out)
+
+    def _slice(self, first: int, last: int) -> Tensor:
+        weight_SD = self.head.weight_VD[first:last]
+        return (
+            weight_SD if self.slice_SD is None else self.slice_SD[: last - first].copy_(weight_SD)
+        )
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -1,0 +1,82 @@
+"""Device helpers and launch facts shared by the Triton kernels."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Stands for "no value yet" where -inf would turn a difference of two maxima into NaN.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as 80, 90, ...; 0 under the interpreter."""
+    if INTERPRETED:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def device_refusal(tensor: Tensor | None) -> str | None:
+    """Why no Triton kernel can run on this tensor's device (None: on this machine), or None."""
+    if INTERPRETED:
+        device = "cpu" if tensor is None else tensor.device.type
+        return None if device == "cpu" else "TRITON_INTERPRET is set"
+    if tensor is not None and tensor.device.type != "cuda":
+        return f"tensor is on {tensor.device.type}"
+    if not torch.cuda.is_available():
+        return "no GPU"
+    arch = architecture(torch.device("cuda") if tensor is None else tensor.device)
+    return None if arch >= 80 else f"compute capability {arch / 10} is below 8.0"
+
+
+def dtype_refusal(tensor: Tensor) -> str | None:
+    """Why a tensor's dtype is not supported, or None."""
+    return None if tensor.dtype in DTYPES else f"dtype is {tensor.dtype}"
+
+
+def inverse_temperature(temperature_T: Tensor | None, like_TX: Tensor) -> Tensor:
+    """1 / temperature of each row, contiguous float32; 1 where there is none."""
+    if temperature_T is None:
+        return torch.ones(like_TX.shape[0], dtype=torch.float32, device=like_TX.device)
+    return temperature_T.float().reciprocal().contiguous()
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about an ulp: an odd polynomial below 0.6, where the exponential form cancels."""
+    a = tl.abs(x)
+    y = a * a
+    p = 0.002373515060383995
+    p = p * y - 0.008412553700501422
+    p = p * y + 0.021789107546519956
+    p = p * y - 0.053961653375862256
+    p = p * y + 0.13333313327847635
+    p = p * y - 0.33333333234569307
+    decay = tl.exp(-2.0 * a)
+    # 1 - small, so that what the quotient loses hardly shows.
+    far = 1.0 - 2.0 * (decay / (1.0 + decay))
+    magnitude = tl.where(a < 0.6, a + a * (y * p), far)
+    return tl.where(x < 0.0, -magnitude, magnitude)
+
+
+@triton.jit
+def transform(z, scale, softcap, per_tau, SOFTCAP: tl.constexpr):
+    """Transformed logit l = softcap * tanh(scale z / softcap) * per_tau, and dl/dz without
+    the constant scale * per_tau (1 without softcap)."""
+    x = z * scale
+    slope = 1.0
+    if SOFTCAP:
+        t = tanh(x / softcap)
+        x = softcap * t
+        slope = 1.0 - t * t
+    return x * per_tau, slope
+
+
+@triton.jit
+def weigh(e, d):
+    """e * d with 0 * -inf = 0: a logit of -inf has probability 0 and adds nothing."""
+    return tl.where(e > 0.0, e * d, 0.0)

@@ -1,0 +1,234 @@
+"""The linear head on a GPU: GEMM 1 and the softmax in one kernel, GEMMs 2 and 3 by the library.
+
+`forward` writes E = exp(l - anchor) [C, V] from the GEMM's epilogue (bfloat16 for bfloat16 inputs)
+and the row sums; `gradients` multiplies it, row factors outside: dH = v (E W), dW += E^T (v h).
+The entropy's gradient and `backward` write dL/dz itself from a second run of the same GEMM.
+GEMM operands have the inputs' dtype; accumulation is float32 within and across chunks. The target
+column goes through float32 kernels of its own.
+"""
+
+import torch
+from torch import Tensor
+
+from r1kernels._triton.common import (
+    INTERPRETED,
+    architecture,
+    device_refusal,
+    dtype_refusal,
+    inverse_temperature,
+)
+from r1kernels._triton.head_kernels import (
+    forward_chunk,
+    gradient_chunk,
+    launch_config,
+    padded,
+    store_dtype,
+    target_slope,
+)
+from r1kernels._triton.target_kernels import add_target_hidden, add_target_weight, target_logits
+from r1kernels.reference.token_logp import Logp
+
+# Vocabulary columns widened or converted at a time where the stored matrix is no GEMM operand.
+SLICE_V = 8192
+
+
+class HeadChunk:
+    """See `r1kernels.chunked_head.HeadChunk`."""
+
+    def __init__(self, head, rows: int, entropy: bool, entropy_grad: bool):
+        weight_VD = head.weight_VD
+        bias_V = None if head.bias_V is None else head.bias_V.contiguous()
+        if weight_VD.stride(1) != 1:
+            weight_VD = weight_VD.contiguous()
+        self.head = type(head)(weight_VD, bias_V, head.softcap, head.logit_scale)
+        self.capacity = rows
+        self.entropy = entropy
+        self.buffer: Tensor | None = None
+        self.kept = False
+
+    @staticmethod
+    def bytes_per_row(head) -> int:
+        V, D = head.weight_VD.shape
+        dtype = head.weight_VD.dtype
+        tiles = -(-V // launch_config(architecture(head.weight_VD.device), dtype, False).BLOCK_V)
+        # the stored row, three planes of partial sums, a float32 row of dhidden
+        return padded(V) * store_dtype(dtype).itemsize + 12 * tiles + 4 * D
+
+    def forward(self, rows, keep: bool) -> Logp:
+        self._take(rows)
+        target_C = target_logits(self.hidden_CD, self.targets_C, self.temperature_C, self.head)
+        anchor_C = target_C.clone()
+        if rows.prior_T is not None:
+            anchor_C -= rows.prior_T.float().nan_to_num(0.0).clamp(-8.0, 0.0)
+        store_CV = self._store() if keep else None
+        sums = forward_chunk(
+            self.hidden_CD, self.targets_C, self.temperature_C, anchor_C, self.head, self.entropy,
+            store_CV,
+        )  # fmt: skip
+        self.sums, self.kept = sums, keep
+        # float64 on [C] numbers: log S must not cancel against the mean where the entropy is small.
+        q_C = target_C.double() - anchor_C
+        e_C = q_C.exp()
+        s_C = sums.s_C.double()
+        self.total_C = s_C + e_C
+        log_C = self.total_C.log()
+        # log1p keeps the digits of a logp near 0; far from it exp(q) may leave the range.
+        logp_C = torch.where(q_C > -100.0, -torch.log1p(s_C / e_C), q_C - log_C)
+        entropy_C = None
+        if self.entropy:
+            mean_C = (sums.u_C + torch.where(e_C > 0, e_C * q_C, 0.0)) / self.total_C
+            entropy_C = (log_C - mean_C).clamp(min=0.0)
+        self.stats = Logp(logp_C, entropy_C, anchor_C + log_C)
+        return self.stats
+
+    def gradients(
+        self, active: Tensor | None, dlogp_C: Tensor, dentropy_C: Tensor | None, grads, last: bool
+    ) -> Tensor | None:
+        at = slice(None) if active is None else active
+        hidden_CD, targets_C = self.hidden_CD[at], self.targets_C[at]
+        temperature_C = None if self.temperature_C is None else self.temperature_C[at]
+        if dentropy_C is not None or not self.kept:
+            stats = Logp(*(None if x is None else x[at] for x in self.stats))
+            return self._recompute(
+                hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, None, grads
+            )
+        store_CV = self.buffer[: len(self.targets_C)][at]
+        per_tau_C = inverse_temperature(temperature_C, hidden_CD)
+        total_C, s_C, rounded_C = self.total_C[at], self.sums.s_C[at], self.sums.rounded_C[at]
+        factor_C = (dlogp_C * self.head.logit_scale * per_tau_C / total_C).float()
+        # What rounding took from the stored row is taken from the target too: the row sums to zero.
+        slope_C = 1.0
+        if self.head.softcap:
+            slope_C = target_slope(
+                (self.stats.logp + self.stats.lse)[at], per_tau_C, self.head.softcap
+            )
+        target_grad_C = (factor_C * (slope_C * s_C - (s_C - rounded_C))).float()
+        return self._products(hidden_CD, targets_C, store_CV, -factor_C, target_grad_C, grads)
+
+    def backward(
+        self,
+        rows,
+        stats: Logp,
+        dlogp_C: Tensor,
+        dentropy_C: Tensor | None,
+        dlse_C: Tensor | None,
+        grads,
+    ) -> Tensor | None:
+        self._take(rows)
+        return self._recompute(
+            self.hidden_CD, self.targets_C, self.temperature_C, stats, dlogp_C,
+            dentropy_C, dlse_C, grads,
+        )  # fmt: skip
+
+    def _take(self, rows) -> None:
+        hidden_CD = rows.hidden_TD
+        self.hidden_CD = hidden_CD if hidden_CD.stride(1) == 1 else hidden_CD.contiguous()
+        self.targets_C = rows.targets_T.contiguous()
+        self.temperature_C = rows.temperature_T
+
+    def _store(self) -> Tensor:
+        """The buffer's first rows, as many as the chunk has."""
+        if self.buffer is None:
+            dtype = store_dtype(self.hidden_CD.dtype)
+            columns = padded(self.head.weight_VD.shape[0])
+            self.buffer = self.hidden_CD.new_empty((self.capacity, columns), dtype=dtype)
+        return self.buffer[: len(self.targets_C)]
+
+    def _recompute(
+        self, hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, dlse_C,
+        grads,
+    ) -> Tensor | None:  # fmt: skip
+        """Gradients through dL/dz, written over whatever the buffer holds."""
+        self.kept = False
+        store_CV = self._store()[: len(targets_C)]
+        target_grad_C = gradient_chunk(
+            hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, dlse_C,
+            self.head, store_CV,
+        )  # fmt: skip
+        return self._products(hidden_CD, targets_C, store_CV, None, target_grad_C, grads)
+
+    def _products(
+        self, hidden_CD, targets_C, store_CV, factor_C, target_grad_C, grads
+    ) -> Tensor | None:
+        """GEMMs 2 and 3 with dL/dz = factor_C * store_CV, and the target column."""
+        weight_VD = self.head.weight_VD
+        V = weight_VD.shape[0]
+        store_CV = store_CV[:, :V]
+        dhidden_CD = None
+        if store_CV.dtype != hidden_CD.dtype:
+            dhidden_CD = self._half_products(hidden_CD, store_CV, factor_C, grads)
+        else:
+            if grads.hidden:
+                dhidden_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
+                _add_product(dhidden_CD, store_CV, weight_VD)
+                if factor_C is not None:
+                    dhidden_CD *= factor_C[:, None]
+            if grads.weight_VD is not None:
+                right_CD = hidden_CD
+                if factor_C is not None:
+                    right_CD = (hidden_CD * factor_C[:, None]).to(hidden_CD.dtype)
+                _add_product(grads.weight_VD, store_CV.T, right_CD)
+        if dhidden_CD is not None:
+            add_target_hidden(dhidden_CD, weight_VD, targets_C, target_grad_C)
+        if grads.weight_VD is not None:
+            add_target_weight(grads.weight_VD, hidden_CD, targets_C, target_grad_C)
+        if grads.bias_V is not None:
+            ones_C = torch.ones_like(target_grad_C) if factor_C is None else factor_C
+            for at in range(0, V, SLICE_V):
+                grads.bias_V[at : at + SLICE_V] += ones_C @ store_CV[:, at : at + SLICE_V].float()
+            one_C1 = torch.ones_like(target_grad_C)[:, None]
+            add_target_weight(grads.bias_V[:, None], one_C1, targets_C, target_grad_C)
+        return dhidden_CD
+
+    def _half_products(self, hidden_CD, store_CV, factor_C, grads) -> Tensor | None:
+        """The GEMMs of float16 inputs, whose stored matrix is float32: slices of it become float16
+        after a power of two per row that brings the row's largest entry near the top of the range.
+        """
+        weight_VD = self.head.weight_VD
+        top_C = torch.linalg.vector_norm(store_CV, torch.inf, dim=1)
+        raise_C = _raise(top_C)
+        lower_C = 1.0 / raise_C if factor_C is None else factor_C / raise_C
+        dhidden_CD = torch.zeros_like(hidden_CD, dtype=torch.float32) if grads.hidden else None
+        right_CD = hidden_CD.float() * lower_C[:, None]
+        raise_right = _raise(torch.linalg.vector_norm(right_CD, torch.inf))
+        right_CD = (right_CD * raise_right).half()
+        for at in range(0, len(weight_VD), SLICE_V):
+            columns = slice(at, at + SLICE_V)
+            slice_CS = (store_CV[:, columns] * raise_C[:, None]).half()
+            if dhidden_CD is not None:
+                _add_product(dhidden_CD, slice_CS, weight_VD[columns])
+            if grads.weight_VD is not None:
+                product_SD = torch.zeros_like(weight_VD[columns], dtype=torch.float32)
+                _add_product(product_SD, slice_CS.T, right_CD)
+                grads.weight_VD[columns].addcdiv_(product_SD, raise_right)
+        return None if dhidden_CD is None else dhidden_CD * lower_C[:, None]
+
+
+def _raise(top: Tensor) -> Tensor:
+    """The power of two that brings top into [2^13, 2^14); at most 2^100."""
+    exponent = (14 - torch.frexp(top).exponent).clamp(max=100)
+    return torch.ldexp(torch.ones_like(top), exponent)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out (float32) += left @ right, accumulated in float32 whatever the operands are."""
+    if left.dtype == torch.float32:
+        out.addmm_(left, right)
+    elif out.is_cuda:
+        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(left.float(), right.float())
+
+
+def refuses(
+    hidden: Tensor | None = None, weight: Tensor | None = None, *_args: object
+) -> str | None:
+    """Why these kernels cannot take a head's hidden states and weight, or None."""
+    if hidden is None:
+        return device_refusal(None)
+    reason = device_refusal(hidden) or dtype_refusal(hidden)
+    if reason is None and INTERPRETED and hidden.dtype == torch.bfloat16:
+        return "the interpreter's bfloat16 dot product is wrong"
+    if reason is None and weight is not None and weight.dtype != hidden.dtype:
+        return f"weight is {weight.dtype}, hidden {hidden.dtype}"
+    return reason

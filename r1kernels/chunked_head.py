@@ -1,0 +1,325 @@
+"""The order of work of the linear head: which rows meet which GEMM, a chunk of rows at a time.
+
+A backend supplies `HeadChunk` (below); the paths of docs/design.md section 1 are built from it
+here, once for all backends. Every path runs GEMM 1 on the same rows cut at the same places, so all
+of them give bitwise the same log-probabilities.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from r1kernels.reference.token_logp import Logp
+
+# Logits kept per chunk, in MiB, unless the caller says: enough rows for GEMMs at full rate.
+DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 1280}
+# Copying the rows that have a coefficient pays once this share of a chunk has none.
+COMPACT_BELOW = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What turns hidden states into logits.
+
+    `l = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature`, the temperature per row.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float  # 0: none
+    logit_scale: float
+
+
+class Rows(NamedTuple):
+    """The rows that count, in order."""
+
+    hidden_TD: Tensor
+    targets_T: Tensor
+    temperature_T: Tensor | None
+    prior_T: Tensor | None
+
+    def take(self, at: slice | Tensor) -> "Rows":
+        return Rows(*(None if x is None else x[at] for x in self))
+
+
+class Gradients(NamedTuple):
+    """Which gradients are wanted; those of the head are accumulated in float32 over all chunks."""
+
+    hidden: bool
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+    @classmethod
+    def zeros(cls, head: Head, hidden: bool, weight: bool, bias: bool) -> "Gradients":
+        def buffer(like: Tensor | None, wanted: bool) -> Tensor | None:
+            return (
+                torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
+                if wanted
+                else None
+            )
+
+        return cls(hidden, buffer(head.weight_VD, weight), buffer(head.bias_V, bias))
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight_VD is not None or self.bias_V is not None
+
+
+class HeadChunk(Protocol):
+    """One backend's work on up to `rows` rows at a time."""
+
+    def __init__(self, head: Head, rows: int, entropy: bool, entropy_grad: bool): ...
+
+    @staticmethod
+    def bytes_per_row(head: Head) -> int:
+        """Workspace of one kept row."""
+
+    def forward(self, rows: Rows, keep: bool) -> Logp:
+        """GEMM 1 and the row statistics, [C] float64: their low bits matter to a gradient.
+
+        With `keep`, `gradients` may follow.
+        """
+
+    def gradients(
+        self,
+        active: Tensor | None,
+        dlogp_C: Tensor,
+        dentropy_C: Tensor | None,
+        grads: Gradients,
+        last: bool,
+    ) -> Tensor | None:
+        """GEMMs 2 and 3 of the kept chunk, for the rows `active` (all: None).
+
+        Adds to grads; returns dhidden of those rows in float32. With `last` false the kept chunk
+        survives for another call.
+        """
+
+    def backward(
+        self,
+        rows: Rows,
+        stats: Logp,
+        dlogp_C: Tensor,
+        dentropy_C: Tensor | None,
+        dlse_C: Tensor | None,
+        grads: Gradients,
+    ) -> Tensor | None:
+        """GEMMs 1 to 3 of a chunk whose statistics are known.
+
+        Adds to grads; returns dhidden in float32.
+        """
+
+
+def chunk_rows(chunk: type[HeadChunk], head: Head, workspace_mb: int | None) -> int:
+    """Rows per chunk: what the workspace holds. Depends on nothing else, so all paths cut alike."""
+    mb = workspace_mb or DEFAULT_WORKSPACE_MB.get(
+        head.weight_VD.device.type, DEFAULT_WORKSPACE_MB["cpu"]
+    )
+    return max(16, mb * 2**20 // chunk.bytes_per_row(head))
+
+
+def forward(
+    chunk: type[HeadChunk], head: Head, rows: Rows, entropy: bool, workspace_mb: int | None
+) -> Logp:
+    """Statistics of all rows; nothing is kept."""
+    size = chunk_rows(chunk, head, workspace_mb)
+    out = _empty_stats(rows, entropy)
+    work = chunk(head, min(size, len(rows.targets_T)), entropy, False)
+    for at in _slices(rows, size):
+        _write(out, at, work.forward(rows.take(at), keep=False))
+    return out
+
+
+def jacobian(
+    chunk: type[HeadChunk], head: Head, rows: Rows, entropy: bool, workspace_mb: int | None
+) -> tuple[Logp, Tensor, Tensor | None]:
+    """Statistics of all rows and d logp / d hidden, with `entropy` d entropy / d hidden too.
+
+    A frozen head needs no more. The Jacobians are float32: rounded here and again after the
+    upstream factor, a bfloat16 gradient would be worse than eager's.
+    """
+    size = chunk_rows(chunk, head, workspace_mb)
+    out = _empty_stats(rows, entropy)
+    jac_TD = rows.hidden_TD.new_empty(rows.hidden_TD.shape, dtype=torch.float32)
+    jac_entropy_TD = torch.empty_like(jac_TD) if entropy else None
+    work = chunk(head, min(size, len(rows.targets_T)), entropy, entropy)
+    grads = Gradients(True, None, None)
+    for at in _slices(rows, size):
+        stats = work.forward(rows.take(at), keep=True)
+        _write(out, at, stats)
+        one = torch.ones(len(stats.logp), dtype=torch.float32, device=stats.logp.device)
+        zero = torch.zeros_like(one)
+        jac_TD[at] = work.gradients(None, one, None, grads, last=not entropy)
+        if entropy:
+            jac_entropy_TD[at] = work.gradients(None, zero, one, grads, last=True)
+    return out, jac_TD, jac_entropy_TD
+
+
+def backward(
+    chunk: type[HeadChunk],
+    head: Head,
+    rows: Rows,
+    stats: Logp,
+    dlogp_T: Tensor,
+    dentropy_T: Tensor | None,
+    dlse_T: Tensor | None,
+    grads: Gradients,
+    workspace_mb: int | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """Gradients of all rows from known statistics; the logits are made again.
+
+    Adds to grads; returns dhidden in `dtype`, by default that of hidden.
+    """
+    size = chunk_rows(chunk, head, workspace_mb)
+    dhidden_TD = (
+        rows.hidden_TD.new_empty(rows.hidden_TD.shape, dtype=dtype) if grads.hidden else None
+    )
+    work = chunk(
+        head, min(size, len(rows.targets_T)), stats.entropy is not None, dentropy_T is not None
+    )
+    for at in _slices(rows, size):
+        part = Logp(*(None if x is None else x[at] for x in stats))
+        upstream = (None if x is None else x[at] for x in (dlogp_T, dentropy_T, dlse_T))
+        dhidden_CD = work.backward(rows.take(at), part, *upstream, grads)
+        if dhidden_TD is not None:
+            dhidden_TD[at] = dhidden_CD
+    return dhidden_TD
+
+
+def unscaled_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What holds a gradient that the upstream factor has not reached yet.
+
+    float16 has not the range: a loss scale is there to keep small gradients from it, and comes with
+    that factor.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+# (rows that the statistics belong to, float32 statistics) -> float32 dloss/dlogp, dloss/dentropy or
+# None
+Coefficients = Callable[[slice, Logp], tuple[Tensor, Tensor | None]]
+
+
+def fused(
+    chunk: type[HeadChunk],
+    head: Head,
+    rows: Rows,
+    entropy: bool,
+    entropy_grad: bool,
+    whole_batch: bool,
+    coefficients: Coefficients,
+    grads: Gradients,
+    workspace_mb: int | None,
+) -> tuple[Logp, Tensor | None]:
+    """Statistics and gradients of the loss that `coefficients` differentiates.
+
+    In one pass where that is possible.
+
+    `whole_batch`: a row's coefficient needs all rows. Then, unless they fit one chunk, a first pass
+    takes the statistics and a second one makes the logits of the rows with a coefficient again.
+    Adds to grads; returns dhidden in `unscaled_dtype` of hidden's.
+    """
+    size = chunk_rows(chunk, head, workspace_mb)
+    total = len(rows.targets_T)
+    if whole_batch and total > size:
+        stats = forward(chunk, head, rows, entropy, workspace_mb)
+        dlogp_T, dentropy_T = coefficients(slice(0, total), rounded(stats))
+        return stats, _second_pass(
+            chunk, head, rows, stats, dlogp_T, dentropy_T, grads, workspace_mb
+        )
+
+    out = _empty_stats(rows, entropy)
+    dtype = unscaled_dtype(rows.hidden_TD.dtype)
+    dhidden_TD = (
+        rows.hidden_TD.new_zeros(rows.hidden_TD.shape, dtype=dtype) if grads.hidden else None
+    )
+    work = chunk(head, min(size, total), entropy, entropy_grad)
+    for at in _slices(rows, size):
+        stats = work.forward(rows.take(at), keep=grads.any)
+        _write(out, at, stats)
+        dlogp_C, dentropy_C = coefficients(at, rounded(stats))
+        if not grads.any:
+            continue
+        active = _active(dlogp_C, dentropy_C)
+        if active is not None:
+            dlogp_C, dentropy_C = (
+                dlogp_C[active],
+                None if dentropy_C is None else dentropy_C[active],
+            )
+            if not len(active):
+                continue
+        dhidden_CD = work.gradients(active, dlogp_C, dentropy_C, grads, last=True)
+        if dhidden_TD is not None:
+            _put(dhidden_TD[at], active, dhidden_CD)
+    return out, dhidden_TD
+
+
+def rounded(stats: Logp) -> Logp:
+    """The statistics as callers see them, float32."""
+    return Logp(*(None if x is None else x.float() for x in stats))
+
+
+def _second_pass(
+    chunk: type[HeadChunk],
+    head: Head,
+    rows: Rows,
+    stats: Logp,
+    dlogp_T: Tensor,
+    dentropy_T: Tensor | None,
+    grads: Gradients,
+    workspace_mb: int | None,
+) -> Tensor | None:
+    if not grads.any:
+        return None
+    active = _active(dlogp_T, dentropy_T)
+    rest = grads, workspace_mb, unscaled_dtype(rows.hidden_TD.dtype)
+    if active is None:
+        return backward(chunk, head, rows, stats, dlogp_T, dentropy_T, None, *rest)
+    part = Logp(*(None if x is None else x[active] for x in stats))
+    dentropy_A = None if dentropy_T is None else dentropy_T[active]
+    dhidden_AD = backward(
+        chunk, head, rows.take(active), part, dlogp_T[active], dentropy_A, None, *rest
+    )
+    if dhidden_AD is None:
+        return None
+    return dhidden_AD.new_zeros(rows.hidden_TD.shape).index_copy_(0, active, dhidden_AD)
+
+
+def _active(dlogp_C: Tensor, dentropy_C: Tensor | None) -> Tensor | None:
+    """Rows with a coefficient; None for all: when nearly all have one, and on a GPU, where to look
+    would stop the host."""
+    if dlogp_C.device.type != "cpu":
+        return None
+    has = dlogp_C != 0
+    if dentropy_C is not None:
+        has |= dentropy_C != 0
+    active = has.nonzero().squeeze(1)
+    return active if len(active) < COMPACT_BELOW * len(has) else None
+
+
+def _put(out_CD: Tensor, active: Tensor | None, value: Tensor) -> None:
+    if active is None:
+        out_CD.copy_(value)
+    else:
+        out_CD.index_copy_(0, active, value.to(out_CD.dtype))
+
+
+def _slices(rows: Rows, size: int) -> list[slice]:
+    total = len(rows.targets_T)
+    return [slice(at, min(at + size, total)) for at in range(0, total, size)]
+
+
+def _empty_stats(rows: Rows, entropy: bool) -> Logp:
+    def empty() -> Tensor:
+        return rows.hidden_TD.new_empty(len(rows.targets_T), dtype=torch.float64)
+
+    return Logp(empty(), empty() if entropy else None, empty())
+
+
+def _write(out: Logp, at: slice, part: Logp) -> None:
+    for whole, piece in zip(out, part, strict=True):
+        if whole is not None:
+            whole[at] = piece

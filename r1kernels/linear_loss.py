@@ -1,0 +1,142 @@
+"""Linear head and the caller's own loss; the logits are made once and never stored whole."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from r1kernels import chunked_head
+from r1kernels.backend import implementation, isolated
+from r1kernels.check import describe, no_second_derivative
+from r1kernels.chunked_head import Gradients, Head, Rows
+from r1kernels.linear_logp import check_head
+from r1kernels.reference.token_logp import Logp
+from r1kernels.rows import counted_rows, per_row, spread
+
+# fn(logp, entropy | None, rows) -> per-token loss
+TokenLoss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    fn: TokenLoss,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    prior: Tensor | None = None,
+    workspace_mb: int | None = None,
+) -> Tensor:
+    """Sum over tokens of `fn(logp, entropy, rows)`, at the cost of three GEMMs.
+
+    `fn` is called once per chunk with vectors of that chunk's rows, and autograd differentiates it
+    on those vectors alone; it must treat each token by itself. Divide by a count of your own inside
+    it.
+
+    Args:
+        fn: (logp [n] float32, entropy [n] float32 or None, rows [n] int64) -> [n] losses, with rows
+            the indices into the flattened leading shape. Tensors that it closes over get no
+            gradient.
+        The rest as `linear_logp`. Rows with target IGNORE (-100) are never seen by `fn`.
+
+    Returns:
+        The sum, 0-d float32. Gradients flow to hidden, weight and bias, once.
+
+    Raises: ValueError when fn returns another shape; otherwise as `linear_logp`.
+    """
+    leading, options = check_head(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb
+    )
+    prior_T = per_row("prior", prior, leading, hidden)
+    flat = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    # Asked here: inside, gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
+    needs = [
+        x is not None and torch.is_grad_enabled() and x.requires_grad
+        for x in (hidden, weight, bias)
+    ]
+    return _LinearLoss.apply(
+        *flat, targets.reshape(-1), options, prior_T, fn, entropy, needs, workspace_mb
+    )
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    @isolated
+    def forward(
+        ctx,
+        hidden_TD,
+        weight_VD,
+        bias_V,
+        targets_T,
+        options,
+        prior_T,
+        fn,
+        entropy,
+        needs,
+        workspace_mb,
+    ):
+        run = implementation("linear_logp", hidden_TD.device.type, hidden_TD, weight_VD)
+        head = Head(
+            weight_VD.detach(),
+            None if bias_V is None else bias_V.detach(),
+            options.softcap,
+            options.logit_scale,
+        )
+        at = counted_rows(targets_T, weight_VD.shape[0], options.temperature_T)
+        rows = Rows(hidden_TD.detach(), targets_T, options.temperature_T, prior_T)
+        rows = rows if at is None else rows.take(at)
+        index = torch.arange(len(targets_T), device=targets_T.device) if at is None else at
+        loss = hidden_TD.new_zeros((), dtype=torch.float64)
+
+        def coefficients(part: slice, stats: Logp) -> tuple[Tensor, Tensor | None]:
+            with torch.enable_grad():
+                given = [
+                    x.requires_grad_()
+                    for x in (
+                        stats.logp.clone(),
+                        None if stats.entropy is None else stats.entropy.clone(),
+                    )
+                    if x is not None
+                ]
+                losses = fn(given[0], given[1] if entropy else None, index[part])
+                if not isinstance(losses, Tensor) or losses.shape != given[0].shape:
+                    raise ValueError(
+                        f"fn must return one loss per token, shape {list(given[0].shape)}, "
+                        f"got {describe(losses)}"
+                    )
+                total = losses.sum(dtype=torch.float64)
+                # A loss that ignores both, or a constant one, has no gradient and is no error.
+                found = (
+                    torch.autograd.grad(total, given, allow_unused=True)
+                    if total.requires_grad
+                    else [None] * len(given)
+                )
+            loss.add_(total.detach())
+            dlogp, *dentropy = (
+                torch.zeros_like(x) if dx is None else dx
+                for x, dx in zip(given, found, strict=True)
+            )
+            return dlogp, dentropy[0] if dentropy else None
+
+        grads = Gradients.zeros(head, *needs)
+        _, dhidden_TD = chunked_head.fused(
+            run.HeadChunk, head, rows, entropy, entropy, False, coefficients, grads, workspace_mb
+        )
+        dhidden_TD = None if dhidden_TD is None else spread(dhidden_TD, at, len(targets_T))
+        ctx.save_for_backward(dhidden_TD, grads.weight_VD, grads.bias_V)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden_TD, weight_VD, bias_V)]
+        return loss.float()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        no_second_derivative("linear_loss")
+        unscaled = dloss.device.type == "cpu" and dloss.item() == 1.0
+        found = (
+            None if x is None else (x if unscaled else x * dloss).to(dtype)
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *found, None, None, None, None, None, None, None

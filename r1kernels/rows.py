@@ -1,0 +1,103 @@
+"""What the logp ops share: checks of targets, temperature, softcap and scale; rows that count."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1kernels.check import IGNORE, describe, device, dtype_in, shape, tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Scaling(NamedTuple):
+    """Checked options of `l = softcap tanh(logit_scale z / softcap) / temperature`."""
+
+    temperature_T: Tensor | None  # [T] float32; None: 1
+    softcap: float  # 0: none
+    logit_scale: float
+
+
+def check_targets(targets: object, leading: torch.Size, like: Tensor) -> None:
+    """Raises: TypeError unless int64, ValueError on another shape or device."""
+    dtype_in("targets", targets, (torch.int64,))
+    shape("targets", targets, leading, "the leading shape of the rows")
+    device("targets", targets, like.device)
+
+
+def scaling(
+    temperature: object, softcap: object, logit_scale: object, leading: torch.Size, like: Tensor
+) -> Scaling:
+    """The options of a call, a temperature other than 1 as [T]; `counted_rows` looks at its values.
+
+    Raises: TypeError on what is no number; ValueError on numbers that are not positive and finite,
+        on a temperature tensor of another shape or device.
+    """
+    softcap = 0.0 if softcap is None else positive("softcap", softcap)
+    logit_scale = positive("logit_scale", logit_scale)
+    if not isinstance(temperature, Tensor):
+        value = positive("temperature", temperature)
+        count = math.prod(leading)
+        rows = (
+            None
+            if value == 1.0
+            else torch.full((count,), value, dtype=torch.float32, device=like.device)
+        )
+        return Scaling(rows, softcap, logit_scale)
+    shape("temperature", temperature, leading, "one per token, or a float")
+    device("temperature", temperature, like.device)
+    return Scaling(temperature.detach().reshape(-1).float().contiguous(), softcap, logit_scale)
+
+
+def positive(name: str, value: object) -> float:
+    """Raises: TypeError unless a number, ValueError unless positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not (0.0 < value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return float(value)
+
+
+def per_row(name: str, x: object, leading: torch.Size, like: Tensor) -> Tensor | None:
+    """A tensor of one number per row, flattened, or None."""
+    if x is None:
+        return None
+    tensor(name, x)
+    shape(name, x, leading, "one per token")
+    device(name, x, like.device)
+    return x.detach().reshape(-1)
+
+
+def counted_rows(targets_T: Tensor, vocab: int, temperature_T: Tensor | None) -> Tensor | None:
+    """Indices of the rows to compute; None for all. Only here does a call read from the device.
+
+    Raises: ValueError on a target outside [0, vocab) that is not IGNORE, on a temperature that is
+        not positive and finite.
+    """
+    keep_T = targets_T != IGNORE
+    bad_T = keep_T & ((targets_T < 0) | (targets_T >= vocab))
+    counts = [keep_T.sum(), bad_T.sum()]
+    if temperature_T is not None:
+        cold_T = keep_T & ~((temperature_T > 0) & (temperature_T < torch.inf))
+        counts.append(cold_T.sum())
+    kept, bad, *cold = torch.stack(counts).tolist()
+    if bad:
+        at = int(bad_T.nonzero()[0])
+        raise ValueError(
+            f"targets[{at}] is {int(targets_T[at])}: a target lies in [0, {vocab}) "
+            f"or is IGNORE ({IGNORE}); {bad} are not"
+        )
+    if cold and cold[0]:
+        at = int(cold_T.nonzero()[0])
+        raise ValueError(
+            f"temperature[{at}] is {float(temperature_T[at])}: a temperature is positive and finite"
+        )
+    return None if kept == len(targets_T) else torch.nonzero_static(keep_T, size=kept).squeeze(1)
+
+
+def spread(x_A: Tensor, rows: Tensor | None, total: int) -> Tensor:
+    """Results of the computed rows at their places among `total`, 0 elsewhere."""
+    if rows is None:
+        return x_A
+    return x_A.new_zeros((total, *x_A.shape[1:])).index_copy_(0, rows, x_A)
