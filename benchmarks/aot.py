@@ -1,0 +1,265 @@
+"""Ahead-of-time compilation of every kernel that ships: `python -m benchmarks.aot`.
+
+Compiles the Triton kernels in the modes, dtypes and flags that their launchers ask for, for sm_80
+and sm_90, and csrc/cuda/*.cu for sm_90a where nvcc is installed. No GPU is needed. Prints one line
+per build; exits with 1 on a spilled register, too much shared memory or a failed compile.
+
+What is built: every kernel in every mode and dtype with all its flags off and all on, the bfloat16
+GEMM also with each flag alone; and everything with all flags on for sizes and strides that are no
+multiples of 16 (the GEMM has a smaller tile there).
+"""
+
+import contextlib
+import io
+import itertools
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from r1kernels._triton import head_kernels as head
+from r1kernels._triton import target_kernels as target
+from r1kernels._triton import token_logp as token
+from r1kernels._triton.common import INTERPRETED
+
+CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+# Bytes a block may use: the opt-in limit of the architecture.
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+MODES = {"sums": head.SUMS.value, "store": head.STORE.value, "gradient": head.GRADIENT.value}
+BIAS_SOFTCAP = ["HAS_BIAS", "SOFTCAP"]
+SOFTCAP_ENTROPY = ["SOFTCAP", "ENTROPY"]
+SEGMENT = {"BLOCK_T": target.BLOCK_SEGMENT_T, "BLOCK_D": target.BLOCK_SEGMENT_D}
+WORKERS = 2
+
+# Types of the parameters that are neither a float32 pointer (*_ptr) nor an int32: x is the dtype of
+# the inputs, o of what is written.
+PARAMETERS = {
+    "hidden_ptr": "*x",
+    "weight_ptr": "*x",
+    "bias_ptr": "*x",
+    "logits_ptr": "*x",
+    "out_ptr": "*o",
+    "sums_ptr": "*fp64",
+    "targets_ptr": "*i64",
+    "order_ptr": "*i64",
+    "ends_ptr": "*i64",
+    "scale": "fp32",
+    "softcap": "fp32",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One kernel of a module, the dtypes of its inputs and output, its constants and options."""
+
+    module: str
+    kernel: str
+    arch: int
+    dtype: str
+    out: str
+    constants: dict[str, int | bool]
+    options: dict[str, int]
+    aligned: bool = True
+
+    @property
+    def name(self) -> str:
+        """kernel[dtype,flag,...], without spaces."""
+        mode = [word for word, value in MODES.items() if self.constants.get("MODE") == value]
+        flags = [
+            key.lower().removeprefix("has_")
+            for key, value in self.constants.items()
+            if value is True and key != "EVEN_D"
+        ]
+        words = [self.dtype, *mode, *flags, *([] if self.aligned else ["unaligned"])]
+        return f"{self.kernel.strip('_')}[{','.join(words)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a build came to; `error` is the compiler's complaint, empty where it compiled."""
+
+    name: str
+    arch: int
+    registers: int = 0
+    shared: int = 0
+    spills: int = 0
+    error: str = ""
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """Everything that is compiled for an architecture; see the module's docstring."""
+    for (dtype, x), aligned in itertools.product(DTYPES.items(), (True, False)):
+        rows = [
+            (target, "_target_logits_kernel", {"BLOCK_D": target.BLOCK_D}, BIAS_SOFTCAP, 4),
+            (target, "_add_target_hidden_kernel", {"BLOCK_D": target.BLOCK_D}, [], 4),
+            (target, "_add_target_weight_kernel", SEGMENT, [], 4),
+            (token, "_token_logp_fwd_kernel", {"BLOCK_V": token.BLOCK_V}, SOFTCAP_ENTROPY, 8),
+            (token, "_token_logp_bwd_kernel", {"BLOCK_V": token.BLOCK_V}, ["SOFTCAP"], 8),
+        ]
+        for module, kernel, blocks, names, warps in rows:
+            for flags in _settings(names, single=False, off=aligned):
+                out = x if module is token else "fp32"
+                options = {"num_warps": warps}
+                yield Build(
+                    module.__name__, kernel, arch, x, out, {**blocks, **flags}, options, aligned
+                )
+        for mode in MODES:
+            yield from _head_builds(arch, dtype, mode, aligned)
+    blocks = {"BLOCK_C": head.BLOCK_REDUCE, "BLOCK_TILES": head.BLOCK_REDUCE}
+    yield Build(
+        head.__name__, "_reduce_kernel", arch, "fp32", "fp32", blocks, {"num_warps": 4}, False
+    )
+
+
+def _head_builds(arch: int, dtype: torch.dtype, mode: str, aligned: bool) -> Iterator[Build]:
+    """The GEMM kernel in one mode, and the kernel that redoes its rows."""
+    x = DTYPES[dtype]
+    out = "fp32" if mode == "sums" else DTYPES[head.store_dtype(dtype)]
+    names = BIAS_SOFTCAP + ["ENTROPY"] * (mode != "gradient")
+    settings = _settings(names, single=dtype == torch.bfloat16 and aligned, off=aligned)
+    for flags in settings:
+        config = head.launch_config(arch, dtype, aligned, mode == "gradient" and flags["SOFTCAP"])
+        blocks = {key: getattr(config, key) for key in config.__slots__ if key.isupper()}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        flags = {"ENTROPY": False, **flags, "MODE": MODES[mode]}
+        constants = {**blocks, "EVEN_D": aligned, **flags}
+        yield Build(head.__name__, "_head_kernel", arch, x, out, constants, options, aligned)
+        if mode != "gradient" and len(set(flags[name] for name in names)) == 1:
+            constants = {"BLOCK_V": head.BLOCK_FIX_V, "BLOCK_D": head.BLOCK_FIX_D, **flags}
+            fix = {"num_warps": head.FIX_WARPS, "num_stages": 2}
+            yield Build(head.__name__, "_fix_rows_kernel", arch, x, out, constants, fix, aligned)
+
+
+def _settings(names: list[str], single: bool, off: bool) -> list[dict[str, bool]]:
+    """All flags on; with `off` also all off; with `single` also each alone."""
+    found = [dict.fromkeys(names, True)]
+    if off and names:
+        found.append(dict.fromkeys(names, False))
+    if single:
+        found += [{name: name == alone for name in names} for alone in names]
+    return found
+
+
+def compile_triton(build: Build) -> Record:
+    """Compiles one build and reads registers and spills from ptxas's own report."""
+    kernel = getattr(sys.modules[build.module], build.kernel)
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            continue
+        pointer = parameter.name.endswith("_ptr")
+        text = PARAMETERS.get(parameter.name, "*fp32" if pointer else "i32")
+        signature[parameter.name] = {"*x": f"*{build.dtype}", "*o": f"*{build.out}"}.get(text, text)
+        special = text == "i32" and not parameter.do_not_specialize
+        if pointer or parameter.name == "columns" or (build.aligned and special):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=build.constants, attrs=attributes)
+    report = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(report):
+            compiled = triton.compile(
+                source,
+                target=GPUTarget("cuda", build.arch, 32),
+                options={**build.options, "enable_fp_fusion": True},
+            )
+    # Whatever a compiler pass raises is this build's result, and fails the run.
+    except Exception as error:
+        return Record(build.name, build.arch, error=f"{type(error).__name__}: {error}")
+    return read_report(build.name, build.arch, report.getvalue(), compiled.metadata.shared)
+
+
+def read_report(name: str, arch: int, report: str, shared: int = 0) -> Record:
+    """The largest figures of a `ptxas -v` report; no figures at all are a failure."""
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    spills = [
+        int(stores) + int(loads)
+        for stores, loads in re.findall(
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads", report
+        )
+    ]
+    static = [int(count) for count in re.findall(r"(\d+) bytes smem", report)]
+    if not registers or not spills:
+        return Record(name, arch, error="the compiler reported no resource usage")
+    return Record(name, arch, max(registers), max([shared, *static]), max(spills))
+
+
+def compile_cuda(path: Path) -> Record:
+    """Compiles one CUDA source for sm_90a."""
+    name = f"{path.stem}.cu"
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", str(path)]
+        command += ["-gencode", "arch=compute_90a,code=sm_90a", "-o", f"{folder}/out.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return Record(name, 90, error=done.stderr.strip() or f"nvcc exit {done.returncode}")
+    return read_report(name, 90, done.stderr)
+
+
+def faults(record: Record) -> list[str]:
+    """Why a build must not ship; empty for a good one."""
+    if record.error:
+        return [f"FAILED {record.error}"]
+    found = []
+    if record.spills:
+        found.append("SPILLS")
+    if record.shared > SHARED_LIMIT[record.arch]:
+        found.append(f"SHARED MEMORY over {SHARED_LIMIT[record.arch]}")
+    return found
+
+
+def line(record: Record) -> str:
+    """KERNEL sm_90 registers=.. shared=.. spills=.., and what is wrong with it."""
+    figures = f"registers={record.registers} shared={record.shared} spills={record.spills}"
+    return " ".join([record.name, f"sm_{record.arch}", figures, *faults(record)])
+
+
+def _prepare(cache: str) -> None:
+    """In each worker: a cache of its own run, since a cached kernel has no ptxas report."""
+    triton.knobs.cache.dir = cache
+    triton.knobs.nvidia.dump_ptxas_log = True
+
+
+def main() -> int:
+    if INTERPRETED:
+        print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
+        return 2
+    sources = sorted(CUDA_SOURCES.glob("*.cu")) if shutil.which("nvcc") else []
+    todo = [build for arch in SHARED_LIMIT for build in builds(arch)]
+    total = bad = 0
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(
+            WORKERS,
+            mp_context=multiprocessing.get_context("fork" if os.name == "posix" else None),
+            initializer=_prepare,
+            initargs=(cache,),
+        ) as pool,
+    ):
+        records = (
+            pool.map(compile_triton, todo, chunksize=4),
+            pool.map(compile_cuda, sources),
+        )
+        for record in itertools.chain(*records):
+            print(line(record), flush=True)
+            total += 1
+            bad += bool(faults(record))
+    print(f"{total} builds, {bad} at fault", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
