@@ -1,0 +1,279 @@
+"""The Triton kernels by themselves, in the interpreter where there is no GPU (without bfloat16)."""
+
+import pytest
+import torch
+from numerics import assert_no_worse, relative_error
+
+pytest.importorskip("triton", reason="needs Triton")
+from r1kernels import linear_logp, token_logp
+from r1kernels._triton import head_kernels as head_kernels
+from r1kernels._triton import linear_logp as triton_head
+from r1kernels._triton import target_kernels
+from r1kernels._triton import token_logp as triton_token
+from r1kernels._triton.common import INTERPRETED
+from r1kernels.backend import use_backend
+from r1kernels.chunked_head import Gradients, Head, Rows
+from r1kernels.reference.linear_logp import linear_logp as reference_linear
+from r1kernels.reference.token_logp import token_logp as reference_token
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU"),
+    # The interpreter computes with numpy, which warns where a kernel overflows on purpose.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+def problem(T, V, D, dtype, bias=False):
+    hidden = torch.randn(T, D, device=DEVICE).to(dtype)
+    weight = (0.7 * torch.randn(V, D, device=DEVICE)).to(dtype)
+    targets = torch.randint(0, V, (T,), device=DEVICE)
+    targets[0] = 0
+    targets[-1] = V - 1
+    bias = torch.randn(V, device=DEVICE).to(dtype) if bias else None
+    return hidden, weight, targets, bias
+
+
+def outputs(function, hidden, weight, bias, targets, upstream, **options):
+    """logp, entropy, lse and the gradients of their weighted sum."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in (hidden, weight, bias)]
+    out = function(leaves[0], leaves[1], targets, bias=leaves[2], **options)
+    used = [x for x in (out.logp, out.entropy, out.lse) if x is not None]
+    total = sum((x * w.to(x.dtype)).sum() for x, w in zip(used, upstream, strict=False))
+    return used, torch.autograd.grad(total, [x for x in leaves if x is not None])
+
+
+def double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("T", "V", "D", "softcap", "bias", "entropy"),
+    [
+        (1, 17, 8, None, False, False),
+        (7, 67, 64, 15.0, False, True),
+        (33, 331, 40, None, True, True),
+        (33, 130, 40, 15.0, True, False),
+    ],
+    ids=["one-row", "softcap-entropy", "bias-entropy", "softcap-bias"],
+)
+def test_linear_logp_is_no_worse_than_eager(T, V, D, softcap, bias, entropy, dtype):
+    hidden, weight, targets, bias = problem(T, V, D, dtype, bias)
+    temperature = torch.rand(T, device=DEVICE) + 0.5
+    upstream = torch.randn(3, T, device=DEVICE)
+    options = dict(softcap=softcap, logit_scale=0.9, entropy=entropy)
+    inputs = (hidden, weight, bias, targets, upstream)
+    with use_backend("triton"):
+        ours = outputs(linear_logp, *inputs, temperature=temperature, **options)
+    eager = outputs(reference_linear, *inputs, temperature=temperature, **options)
+    truth = outputs(
+        reference_linear, *map(double, inputs), temperature=temperature.double(), **options
+    )
+    for ours_part, eager_part, truth_part in zip(ours, eager, truth, strict=True):
+        for x, y, z in zip(ours_part, eager_part, truth_part, strict=True):
+            assert_no_worse(x, y, z)
+
+
+def chunk_of(hidden, weight, targets, prior=None, entropy=True, softcap=0.0):
+    head = Head(weight, None, softcap, 1.0)
+    rows = Rows(hidden, targets, None, prior)
+    return triton_head.HeadChunk(head, len(targets), entropy, entropy), rows, head
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_out_of_range_are_redone(dtype):
+    hidden, weight, targets, _ = problem(7, 67, 64, dtype)
+    # The target 200 nats and more below the top: around it, every exponential overflows.
+    weight[targets[1]] = -hidden[1] * 4
+    weight[targets[2]] = -hidden[2] * 4
+    truth = reference_linear(hidden.double(), weight.double(), targets, entropy=True)
+    eager = reference_linear(hidden, weight, targets, entropy=True)
+    assert truth.logp.min() < -100
+    chunk, rows, _ = chunk_of(hidden, weight, targets)
+    out = chunk.forward(rows, keep=True)
+    assert_no_worse(out.logp, eager.logp, truth.logp, name="logp")
+    assert_no_worse(out.lse, eager.lse, truth.lse, name="lse")
+    # log S - mean cancels over |log S| <= 32 in the rows that are not redone.
+    assert (out.entropy - truth.entropy).abs().max() < 32 * 2**-24
+    logits = hidden.double() @ weight.double().T
+    off_target = torch.ones_like(logits).scatter_(1, targets[:, None], 0.0)
+    kept = chunk.buffer[:, :67].double() / chunk.total_C[:, None]
+    rounding = torch.finfo(chunk.buffer.dtype).eps
+    assert relative_error(kept, logits.softmax(-1) * off_target) < rounding + 1e-5
+    assert (chunk.buffer[:, 67:] == 0).all()
+
+
+def test_any_prior_gives_the_same_result():
+    hidden, weight, targets, _ = problem(7, 67, 64, torch.float32)
+    truth = reference_linear(hidden.double(), weight.double(), targets, entropy=True)
+    wild = torch.tensor([0.0, -3.0, -200.0, 50.0, float("nan"), float("-inf"), float("inf")])
+    for prior in (truth.logp.float(), wild.to(DEVICE)):
+        chunk, rows, _ = chunk_of(hidden, weight, targets, prior)
+        out = chunk.forward(rows, keep=False)
+        for x, z in zip(out, truth, strict=True):
+            # Half an ulp of a logit near 20 is 1e-6 nats.
+            assert (x - z).abs().max() < 4e-6
+
+
+def test_logp_near_one_keeps_its_digits():
+    hidden, weight, targets, _ = problem(7, 67, 64, torch.float32)
+    weight[targets] = hidden * 0.4
+    truth = reference_linear(hidden.double(), weight.double(), targets, entropy=True)
+    near = truth.logp > -1e-3
+    assert near.any()
+    chunk, rows, _ = chunk_of(hidden, weight, targets, truth.logp.float())
+    out = chunk.forward(rows, keep=False)
+    assert ((out.logp - truth.logp) / truth.logp)[near].abs().max() < 1e-5
+    assert (out.logp <= 0).all()
+
+
+def test_paths_and_chunks_agree_bitwise():
+    hidden, weight, targets, _ = problem(33, 67, 40, torch.float32)
+    whole, rows, head = chunk_of(hidden, weight, targets)
+    plain = whole.forward(rows, keep=False)
+    kept = whole.forward(rows, keep=True)
+    alone = triton_head.HeadChunk(head, 9, False, False).forward(
+        rows.take(slice(20, 29)), keep=True
+    )
+    assert torch.equal(plain.logp, kept.logp)
+    assert torch.equal(plain.lse, kept.lse)
+    assert torch.equal(plain.entropy, kept.entropy)
+    assert torch.equal(plain.logp[20:29], alone.logp)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0], ids=["plain", "softcap"])
+def test_kept_and_recomputed_gradients_agree(softcap):
+    hidden, weight, targets, _ = problem(7, 67, 40, torch.float32)
+    chunk, rows, head = chunk_of(hidden, weight, targets, softcap=softcap)
+    stats = chunk.forward(rows, keep=True)
+    dlogp = torch.randn(7, device=DEVICE)
+    found = []
+    for last in (False, True):
+        grads = Gradients.zeros(head, True, True, False)
+        found.append((chunk.gradients(None, dlogp, None, grads, last), grads.weight_VD))
+    grads = Gradients.zeros(head, True, True, False)
+    found.append((chunk.backward(rows, stats, dlogp, None, None, grads), grads.weight_VD))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    for kept, again in zip(found[0], found[2], strict=True):
+        assert relative_error(kept, again) < 3e-6
+    active = torch.tensor([1, 4], device=DEVICE)
+    grads = Gradients.zeros(head, True, True, False)
+    part = chunk.gradients(active, dlogp[active], None, grads, True)
+    assert relative_error(part, found[0][0][active]) < 3e-6
+
+
+def test_columns_of_minus_infinity_count_for_nothing():
+    hidden, weight, targets, bias = problem(7, 67, 40, torch.float32, bias=True)
+    shut = torch.arange(20, 30, device=DEVICE)
+    bias[shut] = -float("inf")
+    targets[:] = 3
+    upstream = torch.randn(3, 7, device=DEVICE)
+    with use_backend("triton"):
+        ours = outputs(linear_logp, hidden, weight, bias, targets, upstream, entropy=True)
+    keep = torch.tensor([v for v in range(67) if not 20 <= v < 30], device=DEVICE)
+    inputs = map(double, (hidden, weight[keep], bias[keep], targets, upstream))
+    truth = outputs(reference_linear, *inputs, entropy=True)
+    for x, z in zip(ours[0], truth[0], strict=True):
+        assert (x - z).abs().max() < 4e-6
+    assert relative_error(ours[1][0], truth[1][0]) < 1e-5
+    assert relative_error(ours[1][1][keep], truth[1][1]) < 1e-5
+    assert (ours[1][1][shut] == 0).all()
+
+
+def test_target_terms():
+    T, V, D = 33, 50, 40
+    hidden, weight = torch.randn(T, D, device=DEVICE), torch.randn(V, D, device=DEVICE)
+    targets = torch.randint(0, 4, (T,), device=DEVICE)
+    targets[5] = V - 1
+    coefficient = torch.randn(T, device=DEVICE)
+    dweight = torch.randn(V, D, device=DEVICE)
+    truth = dweight.double().index_add(0, targets, (coefficient[:, None] * hidden).double())
+    again = dweight.clone()
+    target_kernels.add_target_weight(dweight, hidden, targets, coefficient)
+    target_kernels.add_target_weight(again, hidden, targets, coefficient)
+    assert relative_error(dweight, truth) < 1e-6
+    assert torch.equal(dweight, again)
+    dhidden = torch.randn(T, D, device=DEVICE)
+    truth = dhidden.double() + coefficient[:, None].double() * weight[targets].double()
+    target_kernels.add_target_hidden(dhidden, weight, targets, coefficient)
+    assert relative_error(dhidden, truth) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 15.0], ids=["plain", "softcap"])
+def test_token_logp_is_no_worse_than_eager(softcap, dtype):
+    T, V = 7, 331
+    # Columns of a wider buffer: rows start at an odd stride.
+    logits = (4 * torch.randn(T, V + 6, device=DEVICE)).to(dtype)[:, 3:-3]
+    targets = torch.randint(0, V, (T,), device=DEVICE)
+    targets[0], targets[1] = 0, V - 1
+    temperature = torch.rand(T, device=DEVICE) + 0.5
+    upstream = torch.randn(3, T, device=DEVICE)
+
+    def run(function, logits, temperature):
+        leaf = logits.detach().requires_grad_()
+        out = function(
+            leaf, targets, temperature=temperature, softcap=softcap, logit_scale=0.9, entropy=True
+        )
+        total = sum((x * w).sum() for x, w in zip(out, upstream.to(out[0].dtype), strict=True))
+        return [*out, *torch.autograd.grad(total, leaf)]
+
+    with use_backend("triton"):
+        ours = run(token_logp, logits, temperature)
+    eager = run(reference_token, logits, temperature)
+    truth = run(reference_token, logits.double(), temperature.double())
+    for x, y, z in zip(ours, eager, truth, strict=True):
+        assert_no_worse(x, y, z)
+
+
+def test_token_logp_edges():
+    V = 300
+    logits = 3 * torch.randn(5, V, device=DEVICE)
+    targets = torch.randint(10, V, (5,), device=DEVICE)
+    logits[:, :5] = -float("inf")
+    logits[1] = float("nan")
+    targets[1] = -100
+    logits[2, targets[2]] = 60.0
+    logits[3, targets[3]] = -90.0
+    arguments = (logits, targets, None, 0.0, 1.0)
+    logp, entropy, lse = triton_token.fwd(*arguments, True)
+    counted = torch.tensor([0, 2, 3, 4], device=DEVICE)
+    wide = logits[counted].double()
+    truth = reference_token(wide, targets[counted], entropy=True)
+    for x, z in zip((logp, entropy, lse), truth, strict=True):
+        assert x[1] == 0
+        assert relative_error(x[counted], z) < 1e-6
+    rest = (wide[1] - wide[1, targets[2]]).exp()
+    rest[targets[2]] = 0
+    assert abs(logp[2] / -torch.log1p(rest.sum()) - 1) < 1e-5
+    upstream = torch.randn(3, 5, device=DEVICE)
+    expected = triton_token.bwd(*upstream, *arguments, logp, entropy, lse, False)
+    assert expected.isfinite().all()
+    assert (expected[1] == 0).all()
+    assert (expected[:, :5] == 0).all()
+    inplace = triton_token.bwd(*upstream, *arguments, logp, entropy, lse, True)
+    assert inplace.data_ptr() == logits.data_ptr()
+    assert torch.equal(inplace, expected)
+
+
+def test_refusals_name_the_reason():
+    assert "float64" in triton_token.refuses(torch.zeros(2, 2, dtype=torch.float64, device=DEVICE))
+    hidden = torch.zeros(2, 16, device=DEVICE)
+    assert triton_head.refuses(hidden, hidden) is None
+    assert "weight is torch.float16" in triton_head.refuses(hidden, hidden.half())
+    if INTERPRETED:
+        assert "bfloat16" in triton_head.refuses(hidden.bfloat16(), hidden.bfloat16())
+
+
+def test_one_tile_per_mode_and_a_stored_row_that_fits():
+    for arch in (80, 90, 100):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            config = head_kernels.launch_config(arch, dtype)
+            # is_aligned promises D % 64 == 0 to the loop that loads without a mask.
+            assert 64 % config.BLOCK_D == 0
+    assert head_kernels.store_dtype(torch.float16) == torch.float32
+    assert [head_kernels.padded(V) for V in (1, 16, 17)] == [16, 16, 32]

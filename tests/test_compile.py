@@ -1,0 +1,118 @@
+"""Every op passes opcheck and compiles without a graph break."""
+
+import pytest
+import torch
+
+import r1kernels
+from r1kernels import PolicyObjective
+from r1kernels.linear_logp import linear_logp_fwd
+from r1kernels.token_logp import token_logp_fwd
+
+TARGETS = torch.tensor([3, -100, 16, 0, 7])
+OBJECTIVE = PolicyObjective.r1()
+STREAMS = {"logp_old": -torch.rand(5), "logp_ref": -torch.rand(5)}
+LENGTHS = torch.tensor([0, 2, 5])
+ADVANTAGES = torch.tensor([1.0, -1.0])
+
+
+def logits():
+    return torch.randn(5, 17, requires_grad=True)
+
+
+def head():
+    return torch.randn(5, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
+
+
+def run_token_logp(x):
+    return sum(v.sum() for v in r1kernels.token_logp(x, TARGETS, entropy=True, temperature=0.7))
+
+
+def run_linear_logp(hidden, weight):
+    out = r1kernels.linear_logp(hidden, weight, TARGETS, entropy=True, softcap=5.0)
+    return out.logp.sum() + out.entropy.sum() + out.lse.sum()
+
+
+def run_frozen(hidden, weight):
+    return (
+        r1kernels.linear_logp(hidden, weight.detach(), TARGETS, entropy=True).logp.sum()
+        + 0 * weight.sum()
+    )
+
+
+def run_linear_policy_loss(hidden, weight):
+    out = r1kernels.linear_policy_loss(
+        hidden, weight, TARGETS, ADVANTAGES, OBJECTIVE, cu_seqlens=LENGTHS, **STREAMS
+    )
+    return out.loss + 0 * out.metrics["kl"]
+
+
+def run_policy_loss(logp):
+    return r1kernels.policy_loss(
+        logp[:, 0], ADVANTAGES, OBJECTIVE, cu_seqlens=LENGTHS, **STREAMS
+    ).loss
+
+
+def run_group_advantages(rewards):
+    return (
+        r1kernels.group_advantages(rewards[:, 0].detach(), torch.tensor([0, 0, 1, 1, 1]))
+        * rewards[:, 0]
+    ).sum()
+
+
+CALLS = {
+    "token_logp": (run_token_logp, lambda: (logits(),)),
+    "linear_logp": (run_linear_logp, head),
+    "linear_logp frozen": (run_frozen, head),
+    "linear_policy_loss": (run_linear_policy_loss, head),
+    "policy_loss": (run_policy_loss, lambda: (logits(),)),
+    "group_advantages": (run_group_advantages, lambda: (logits(),)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fullgraph(name):
+    fn, inputs = CALLS[name]
+    given = inputs()
+    expected = fn(*given)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")(*given)
+    assert torch.equal(compiled, expected)
+    for a, b in zip(
+        torch.autograd.grad(compiled, given), torch.autograd.grad(expected, given), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def op_arguments():
+    hidden, weight = head()
+    temperature = torch.rand(5) + 0.5
+    return {
+        "token_logp": (token_logp_fwd, (logits(), TARGETS, temperature, 5.0, 1.0, True, False)),
+        "linear_logp": (
+            linear_logp_fwd,
+            (
+                hidden, weight, TARGETS, torch.randn(17, requires_grad=True), temperature, 0.0, 1.0,
+                None, True, False, None,
+            ),
+        ),
+        "linear_logp frozen": (
+            linear_logp_fwd,
+            (
+                hidden, weight.detach(), TARGETS, None, None, 5.0, 1.0, -torch.rand(5), True, True,
+                None,
+            ),
+        ),
+        "linear_policy_loss": (
+            torch.ops.r1kernels.linear_policy_loss_fwd.default,
+            (
+                hidden, weight, TARGETS, None, None, 0.0, 1.0, None, torch.randn(5), -torch.rand(5),
+                None, None, torch.rand(5), None, 1, PolicyObjective.dapo().spec, False,
+                [True, True, False], None,
+            ),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(op_arguments()))
+def test_opcheck(name):
+    op, args = op_arguments()[name]
+    torch.library.opcheck(op, args)
