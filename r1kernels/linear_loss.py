@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from r1kernels import chunked_head
-from r1kernels.backend import implementation, isolated
+from r1kernels.backend import isolated
 from r1kernels.check import describe, no_second_derivative
-from r1kernels.chunked_head import Gradients, Head, Rows
-from r1kernels.linear_logp import check_head
+from r1kernels.chunked_head import Gradients
+from r1kernels.head_inputs import HeadInputs, gradients, head_inputs, split
 from r1kernels.reference.token_logp import Logp
-from r1kernels.rows import counted_rows, per_row, spread
+from r1kernels.rows import spread
 
 # fn(logp, entropy | None, rows) -> per-token loss
 TokenLoss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
@@ -48,49 +48,23 @@ def linear_loss(
 
     Raises: ValueError when fn returns another shape; otherwise as `linear_logp`.
     """
-    leading, options = check_head(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb
+    call = head_inputs(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, prior, workspace_mb
     )
-    prior_T = per_row("prior", prior, leading, hidden)
-    flat = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     # Asked here: inside, gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
-    needs = [
-        x is not None and torch.is_grad_enabled() and x.requires_grad
-        for x in (hidden, weight, bias)
-    ]
-    return _LinearLoss.apply(
-        *flat, targets.reshape(-1), options, prior_T, fn, entropy, needs, workspace_mb
-    )
+    return _LinearLoss.apply(*call, fn, entropy, call.wants(), workspace_mb)
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @isolated
-    def forward(
-        ctx,
-        hidden_TD,
-        weight_VD,
-        bias_V,
-        targets_T,
-        options,
-        prior_T,
-        fn,
-        entropy,
-        needs,
-        workspace_mb,
-    ):
-        run = implementation("linear_logp", hidden_TD.device.type, hidden_TD, weight_VD)
-        head = Head(
-            weight_VD.detach(),
-            None if bias_V is None else bias_V.detach(),
-            options.softcap,
-            options.logit_scale,
-        )
-        at = counted_rows(targets_T, weight_VD.shape[0], options.temperature_T)
-        rows = Rows(hidden_TD.detach(), targets_T, options.temperature_T, prior_T)
-        rows = rows if at is None else rows.take(at)
-        index = torch.arange(len(targets_T), device=targets_T.device) if at is None else at
-        loss = hidden_TD.new_zeros((), dtype=torch.float64)
+    def forward(ctx, *args):
+        call, (fn, entropy, needs, workspace_mb) = split(args)
+        call = HeadInputs(*(x.detach() if isinstance(x, Tensor) else x for x in call))
+        chunk, head, rows, at = call.start()
+        total_rows = len(call.targets_T)
+        index = torch.arange(total_rows, device=call.targets_T.device) if at is None else at
+        loss = call.hidden_TD.new_zeros((), dtype=torch.float64)
 
         def coefficients(part: slice, stats: Logp) -> tuple[Tensor, Tensor | None]:
             with torch.enable_grad():
@@ -124,11 +98,13 @@ class _LinearLoss(torch.autograd.Function):
 
         grads = Gradients.zeros(head, *needs)
         _, dhidden_TD = chunked_head.fused(
-            run.HeadChunk, head, rows, entropy, entropy, False, coefficients, grads, workspace_mb
+            chunk, head, rows, entropy, entropy, False, coefficients, grads, workspace_mb
         )
-        dhidden_TD = None if dhidden_TD is None else spread(dhidden_TD, at, len(targets_T))
+        dhidden_TD = None if dhidden_TD is None else spread(dhidden_TD, at, total_rows)
         ctx.save_for_backward(dhidden_TD, grads.weight_VD, grads.bias_V)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden_TD, weight_VD, bias_V)]
+        ctx.dtypes = [
+            None if x is None else x.dtype for x in (call.hidden_TD, call.weight_VD, call.bias_V)
+        ]
         return loss.float()
 
     @staticmethod
@@ -139,4 +115,4 @@ class _LinearLoss(torch.autograd.Function):
             None if x is None else (x if unscaled else x * dloss).to(dtype)
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *found, None, None, None, None, None, None, None
+        return *gradients(*found), None, None, None, None

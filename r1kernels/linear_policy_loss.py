@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from r1kernels import check, chunked_head
-from r1kernels.backend import implementation, isolated
+from r1kernels import check, chunked_head, head_inputs
+from r1kernels.backend import isolated
 from r1kernels.check import IGNORE
-from r1kernels.chunked_head import Gradients, Head, Rows, unscaled_dtype
-from r1kernels.linear_logp import check_head
+from r1kernels.chunked_head import Gradients, unscaled_dtype
+from r1kernels.head_inputs import split
 from r1kernels.objective import PolicyObjective
 from r1kernels.policy_inputs import PolicyInputs, prepare
 from r1kernels.policy_terms import METRICS, policy_terms
 from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.reference.token_logp import Logp
-from r1kernels.rows import counted_rows, per_row, spread
+from r1kernels.rows import spread
 
 
 def linear_policy_loss(
@@ -62,9 +62,10 @@ def linear_policy_loss(
     Raises: ValueError and TypeError as both.
     Source: docs/ops/linear_logp.md.
     """
-    leading, options = check_head(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb
+    call = head_inputs.head_inputs(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, prior, workspace_mb
     )
+    leading = targets.shape
     counted = targets != IGNORE
     if mask is not None:
         check.shape("mask", mask, leading, "that of the targets")
@@ -84,18 +85,10 @@ def linear_policy_loss(
         normalizer=normalizer,
         has_entropy=True,
     )
-    needs = [
-        x is not None and torch.is_grad_enabled() and x.requires_grad
-        for x in (hidden, weight, bias)
-    ]
+    # A token that weighs nothing is one that does not count.
+    targets_T = torch.where(inputs.weights_T != 0, call.targets_T, IGNORE)
     loss, logp_T, metrics, *_ = _linear_policy_loss_fwd(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        # A token that weighs nothing is one that does not count.
-        torch.where(inputs.weights_T != 0, targets.reshape(-1), IGNORE),
-        bias,
-        *options,
-        per_row("prior", prior, leading, hidden),
+        *call._replace(targets_T=targets_T),
         inputs.advantages_T,
         inputs.logp_old_T,
         inputs.logp_ref_T,
@@ -105,7 +98,7 @@ def linear_policy_loss(
         inputs.num_sequences,
         objective.spec,
         entropy or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1,
-        needs,
+        call.wants(),
         workspace_mb,
     )
     return PolicyLoss(
@@ -113,44 +106,27 @@ def linear_policy_loss(
     )
 
 
-@torch.library.custom_op("r1kernels::linear_policy_loss_fwd", mutates_args=())
+@torch.library.custom_op(
+    "r1kernels::linear_policy_loss_fwd",
+    mutates_args=(),
+    schema=f"({head_inputs.SCHEMA}, Tensor advantages_T, Tensor? logp_old_T, Tensor? logp_ref_T, "
+    "Tensor? logp_sampler_T, Tensor weights_T, Tensor? sequence_T, int num_sequences, "
+    "str objective, bool entropy, bool[] needs, int? workspace_mb) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 @isolated
-def _linear_policy_loss_fwd(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_T: Tensor,
-    bias_V: Tensor | None,
-    temperature_T: Tensor | None,
-    softcap: float,
-    logit_scale: float,
-    prior_T: Tensor | None,
-    advantages_T: Tensor,
-    logp_old_T: Tensor | None,
-    logp_ref_T: Tensor | None,
-    logp_sampler_T: Tensor | None,
-    weights_T: Tensor,
-    sequence_T: Tensor | None,
-    num_sequences: int,
-    objective: str,
-    entropy: bool,
-    needs: list[bool],
-    workspace_mb: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _linear_policy_loss_fwd(*args):
     """(loss, logp, metrics, dhidden, dweight, dbias); those of the head are float32.
 
     Gradients that `needs` does not ask for are empty.
     """
-    run = implementation("linear_logp", hidden_TD.device.type, hidden_TD, weight_VD)
-    head = Head(weight_VD, bias_V, softcap, logit_scale)
-    terms_of = PolicyObjective.from_spec(objective)
-    rows = Rows(hidden_TD, targets_T, temperature_T, prior_T)
-    streams = (advantages_T, logp_old_T, logp_ref_T, logp_sampler_T, weights_T, sequence_T)
-    at = counted_rows(targets_T, weight_VD.shape[0], temperature_T)
+    call, (*streams, num_sequences, objective, entropy, needs, workspace_mb) = split(args)
+    chunk, head, rows, at = call.start()
     if at is not None:
-        rows = rows.take(at)
         streams = tuple(None if x is None else x[at] for x in streams)
-    loss = hidden_TD.new_zeros((), dtype=torch.float64)
-    metrics = hidden_TD.new_zeros(len(METRICS), dtype=torch.float64)
+    terms_of = PolicyObjective.from_spec(objective)
+    loss = call.hidden_TD.new_zeros((), dtype=torch.float64)
+    metrics = call.hidden_TD.new_zeros(len(METRICS), dtype=torch.float64)
 
     def coefficients(part: slice, stats: Logp) -> tuple[Tensor, Tensor | None]:
         *tensors, weights_C, sequence_C = (None if x is None else x[part] for x in streams)
@@ -162,7 +138,7 @@ def _linear_policy_loss_fwd(
 
     grads = Gradients.zeros(head, *needs)
     stats, dhidden_TD = chunked_head.fused(
-        run.HeadChunk,
+        chunk,
         head,
         rows,
         entropy,
@@ -172,54 +148,59 @@ def _linear_policy_loss_fwd(
         grads,
         workspace_mb,
     )
-    none = hidden_TD.new_empty(0, dtype=torch.float32)
+    none = call.hidden_TD.new_empty(0, dtype=torch.float32)
+    total = len(call.targets_T)
     return (
         loss.float(),
-        spread(stats.logp.float(), at, len(targets_T)),
+        spread(stats.logp.float(), at, total),
         metrics,
-        none if dhidden_TD is None else spread(dhidden_TD, at, len(targets_T)),
+        none if dhidden_TD is None else spread(dhidden_TD, at, total),
         none.clone() if grads.weight_VD is None else grads.weight_VD,
         none.clone() if grads.bias_V is None else grads.bias_V,
     )
 
 
 @_linear_policy_loss_fwd.register_fake
-def _(hidden_TD, weight_VD, targets_T, bias_V, *rest):
-    hidden_needed, weight_needed, bias_needed = rest[-2]
+def _(*args):
+    call, (*_, needs, _) = split(args)
 
     def wide(*shape: int) -> Tensor:
-        return hidden_TD.new_empty(shape, dtype=torch.float32)
+        return call.hidden_TD.new_empty(shape, dtype=torch.float32)
 
+    hidden_TD = call.hidden_TD
     return (
         wide(),
-        wide(*targets_T.shape),
+        wide(*call.targets_T.shape),
         hidden_TD.new_empty(len(METRICS), dtype=torch.float64),
         hidden_TD.new_empty(hidden_TD.shape, dtype=unscaled_dtype(hidden_TD.dtype))
-        if hidden_needed
+        if needs[0]
         else wide(0),
-        wide(*weight_VD.shape) if weight_needed else wide(0),
-        wide(*bias_V.shape) if bias_needed else wide(0),
+        *(
+            wide(*x.shape) if need else wide(0)
+            for x, need in zip((call.weight_VD, call.bias_V), needs[1:], strict=True)
+        ),
     )
 
 
 def _setup(ctx, inputs, output):
+    call, (*_, ctx.needs, _) = split(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
-    ctx.needs = inputs[-2]
-    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
+    ctx.others = len(inputs) - head_inputs.COUNT
+    ctx.dtypes = [
+        None if x is None else x.dtype for x in (call.hidden_TD, call.weight_VD, call.bias_V)
+    ]
 
 
 def _grad(ctx, dloss, *_):
     check.no_second_derivative("linear_policy_loss")
-    grads = [None] * 19
     # Looked at only where that stops nobody: on the CPU, and not while torch.compile traces.
     unscaled = type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1.0
-    for at, grad, dtype, need in zip(
-        (0, 1, 3), ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True
-    ):
-        if need:
-            grads[at] = (grad if unscaled else grad * dloss).to(dtype)
-    return tuple(grads)
+    found = (
+        (grad if unscaled else grad * dloss).to(dtype) if need else None
+        for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    )
+    return *head_inputs.gradients(*found), *[None] * ctx.others
 
 
 _linear_policy_loss_fwd.register_autograd(_grad, setup_context=_setup)

@@ -5,7 +5,7 @@ import torch
 
 import r1kernels
 from r1kernels import PolicyObjective
-from r1kernels.linear_logp import linear_logp_fwd
+from r1kernels.linear_logp_ops import linear_logp_fwd
 from r1kernels.token_logp import token_logp_fwd
 
 TARGETS = torch.tensor([3, -100, 16, 0, 7])

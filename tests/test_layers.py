@@ -15,7 +15,8 @@ LAYERS = {
         "objective packing rows reference policy_inputs policy_terms",
         "chunked_head",
         "_native _triton _cuda",
-        "token_logp linear_logp policy_loss linear_policy_loss linear_loss advantages",
+        "head_inputs linear_logp_ops token_logp linear_logp",
+        "policy_loss linear_policy_loss linear_loss advantages",
         "__init__ __main__",
     ],
     "r1": [

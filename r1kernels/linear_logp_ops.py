@@ -1,0 +1,140 @@
+"""The custom ops behind `linear_logp`: forward, backward by recomputation, autograd."""
+
+import torch
+from torch import Tensor
+
+from r1kernels import chunked_head, head_inputs
+from r1kernels.backend import isolated
+from r1kernels.check import IGNORE, no_second_derivative
+from r1kernels.chunked_head import Gradients
+from r1kernels.head_inputs import HeadInputs, split
+from r1kernels.reference.token_logp import Logp
+from r1kernels.rows import spread
+
+
+@torch.library.custom_op(
+    "r1kernels::linear_logp_fwd",
+    mutates_args=(),
+    schema=f"({head_inputs.SCHEMA}, bool entropy, bool frozen, int? workspace_mb) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+@isolated
+def linear_logp_fwd(*args):
+    """(logp, entropy, lse, float64 [3, T] of the same, d logp / d hidden, d entropy / d hidden).
+
+    What was not asked for is empty.
+    """
+    call, (entropy, frozen, workspace_mb) = split(args)
+    chunk, head, rows, at = call.start()
+    jac_TD = jac_entropy_TD = None
+    if frozen:
+        stats, jac_TD, jac_entropy_TD = chunked_head.jacobian(
+            chunk, head, rows, entropy, workspace_mb
+        )
+    else:
+        stats = chunked_head.forward(chunk, head, rows, entropy, workspace_mb)
+    none = call.hidden_TD.new_empty(0, dtype=torch.float32)
+    exact_3T = torch.stack([stats.lse if x is None else x for x in stats])
+    total = len(call.targets_T)
+    exact_3T = exact_3T if at is None else spread(exact_3T.T, at, total).T.contiguous()
+    logp_T, entropy_T, lse_T = exact_3T.float()
+    return (
+        logp_T.clone(),
+        entropy_T.clone() if entropy else none,
+        lse_T.clone(),
+        exact_3T,
+        *(none.clone() if x is None else spread(x, at, total) for x in (jac_TD, jac_entropy_TD)),
+    )
+
+
+@linear_logp_fwd.register_fake
+def _(*args):
+    call, (entropy, frozen, _) = split(args)
+
+    def wide(like: Tensor, wanted: bool) -> Tensor:
+        return call.hidden_TD.new_empty(like.shape if wanted else 0, dtype=torch.float32)
+
+    exact_3T = call.hidden_TD.new_empty((3, *call.targets_T.shape), dtype=torch.float64)
+    return (
+        *(wide(call.targets_T, wanted) for wanted in (True, entropy, True)),
+        exact_3T,
+        wide(call.hidden_TD, frozen),
+        wide(call.hidden_TD, frozen and entropy),
+    )
+
+
+@torch.library.custom_op(
+    "r1kernels::linear_logp_bwd",
+    mutates_args=(),
+    schema=f"({head_inputs.SCHEMA}, Tensor dlogp_T, Tensor? dentropy_T, Tensor? dlse_T, "
+    "Tensor exact_3T, bool[] needs, int? workspace_mb) -> (Tensor, Tensor, Tensor)",
+)
+@isolated
+def linear_logp_bwd(*args):
+    """(dhidden, dweight, dbias) by recomputation; empty what `needs` does not ask for."""
+    call, (dlogp_T, dentropy_T, dlse_T, exact_3T, needs, workspace_mb) = split(args)
+    chunk, head, rows, at = call.start()
+    logp_T, entropy_T, lse_T = exact_3T
+    stats = Logp(logp_T, None if dentropy_T is None else entropy_T, lse_T)
+    upstream = dlogp_T, dentropy_T, dlse_T
+    if at is not None:
+        stats = Logp(*(None if x is None else x[at] for x in stats))
+        upstream = (None if x is None else x[at] for x in upstream)
+    grads = Gradients.zeros(head, *needs)
+    dhidden_TD = chunked_head.backward(chunk, head, rows, stats, *upstream, grads, workspace_mb)
+    none = call.hidden_TD.new_empty(0)
+    return (
+        none if dhidden_TD is None else spread(dhidden_TD, at, len(call.targets_T)),
+        none.clone() if grads.weight_VD is None else grads.weight_VD.to(call.weight_VD.dtype),
+        none.clone() if grads.bias_V is None else grads.bias_V.to(call.bias_V.dtype),
+    )
+
+
+@linear_logp_bwd.register_fake
+def _(*args):
+    call, rest = split(args)
+    wanted = zip((call.hidden_TD, call.weight_VD, call.bias_V), rest[-2], strict=True)
+    return tuple(
+        x.new_empty(x.shape) if need else call.hidden_TD.new_empty(0) for x, need in wanted
+    )
+
+
+def _setup(ctx, inputs, output):
+    call, (ctx.entropy, ctx.frozen, ctx.workspace_mb) = split(inputs)
+    exact_3T, *jacobians = output[3:]
+    ctx.mark_non_differentiable(exact_3T, *jacobians)
+    # None, not zeros, for an output that the loss does not use: without dlse the Jacobian will do.
+    ctx.set_materialize_grads(False)
+    ctx.plain = call.softcap, call.logit_scale
+    ctx.save_for_backward(*call[:5], exact_3T, *jacobians)
+
+
+def _grad(ctx, dlogp_T, dentropy_T, dlse_T, *_):
+    no_second_derivative("linear_logp")
+    *tensors, exact_3T, jac_TD, jac_entropy_TD = ctx.saved_tensors
+    call = HeadInputs(*tensors, *ctx.plain, None)
+    dentropy_T = dentropy_T if ctx.entropy else None
+    if ctx.frozen and dlse_T is None:
+        # Rows that do not count have a Jacobian of 0, and upstream gradients that may be anything.
+        counted_T = call.targets_T != IGNORE
+        dhidden_TD = (
+            torch.where(counted_T, 0.0 if dlogp_T is None else dlogp_T, 0.0)[:, None] * jac_TD
+        )
+        if dentropy_T is not None:
+            dhidden_TD = (
+                dhidden_TD + torch.where(counted_T, dentropy_T, 0.0)[:, None] * jac_entropy_TD
+            )
+        found = dhidden_TD.to(call.weight_VD.dtype), None, None
+    else:
+        if dlogp_T is None:
+            dlogp_T = torch.zeros_like(call.targets_T, dtype=torch.float32)
+        wanted = HeadInputs(*ctx.needs_input_grad[: head_inputs.COUNT])
+        needs = [wanted.hidden_TD, wanted.weight_VD, wanted.bias_V]
+        found = linear_logp_bwd(
+            *call, dlogp_T, dentropy_T, dlse_T, exact_3T, needs, ctx.workspace_mb
+        )
+        found = (x if need else None for x, need in zip(found, needs, strict=True))
+    return *head_inputs.gradients(*found), None, None, None
+
+
+linear_logp_fwd.register_autograd(_grad, setup_context=_setup)
