@@ -20,6 +20,16 @@ def tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {describe(x)}")
 
 
+def local(name: str, x: object) -> None:
+    """Raises: ValueError on a DTensor, whose shards no kernel can see as one matrix."""
+    if isinstance(x, Tensor) and type(x).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} is a DTensor with placements {x.placements}: pass "
+            f"{name}.full_tensor(grad_placements=[Partial()]), as under FSDP2, where every rank "
+            f"has rows of its own, or {name}.to_local() where this rank's part is all there is"
+        )
+
+
 def floating(name: str, x: object) -> None:
     tensor(name, x)
     if not x.is_floating_point():

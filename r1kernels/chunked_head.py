@@ -24,13 +24,40 @@ COMPACT_BELOW = 0.9
 class Head:
     """What turns hidden states into logits.
 
-    `l = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature`, the temperature per row.
+    `l = softcap tanh(logit_scale (h (W + s B A)^T + b) / softcap) / temperature`, the temperature
+    per row. The low-rank term is another product, `low = s h A^T` times B^T, in the tile of the
+    first.
     """
 
     weight_VD: Tensor
     bias_V: Tensor | None
     softcap: float  # 0: none
     logit_scale: float
+    lora_RD: Tensor | None = None  # A
+    lora_VR: Tensor | None = None  # B, in the dtype of the weight
+    lora_scale: float = 1.0
+
+    def low(self, hidden_CD: Tensor) -> Tensor | None:
+        """s h A^T in float32; None without a low-rank term."""
+        if self.lora_RD is None:
+            return None
+        return self.lora_scale * (hidden_CD.float() @ self.lora_RD.float().T)
+
+    def add_low(
+        self,
+        dlow_CR: Tensor | None,
+        hidden_CD: Tensor,
+        dhidden_CD: Tensor | None,
+        grads: "Gradients",
+    ) -> None:
+        """Adds to dhidden and to the gradient of A what the gradient of `low` comes to."""
+        if dlow_CR is None:
+            return
+        dlow_CR = dlow_CR * self.lora_scale
+        if dhidden_CD is not None:
+            dhidden_CD.addmm_(dlow_CR, self.lora_RD.float())
+        if grads.lora_RD is not None:
+            grads.lora_RD.addmm_(dlow_CR.T, hidden_CD.float())
 
 
 class Rows(NamedTuple):
@@ -51,9 +78,19 @@ class Gradients(NamedTuple):
     hidden: bool
     weight_VD: Tensor | None
     bias_V: Tensor | None
+    lora_RD: Tensor | None = None
+    lora_VR: Tensor | None = None
 
     @classmethod
-    def zeros(cls, head: Head, hidden: bool, weight: bool, bias: bool) -> "Gradients":
+    def zeros(
+        cls,
+        head: Head,
+        hidden: bool,
+        weight: bool,
+        bias: bool,
+        lora_RD: bool = False,
+        lora_VR: bool = False,
+    ) -> "Gradients":
         def buffer(like: Tensor | None, wanted: bool) -> Tensor | None:
             return (
                 torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -61,11 +98,26 @@ class Gradients(NamedTuple):
                 else None
             )
 
-        return cls(hidden, buffer(head.weight_VD, weight), buffer(head.bias_V, bias))
+        return cls(
+            hidden,
+            buffer(head.weight_VD, weight),
+            buffer(head.bias_V, bias),
+            buffer(head.lora_RD, lora_RD),
+            buffer(head.lora_VR, lora_VR),
+        )
+
+    @property
+    def of_head(self) -> tuple[Tensor | None, ...]:
+        return self[1:]
 
     @property
     def any(self) -> bool:
-        return self.hidden or self.weight_VD is not None or self.bias_V is not None
+        return self.hidden or any(x is not None for x in self.of_head)
+
+    @property
+    def low(self) -> bool:
+        """Whether the gradient of `Head.low` is wanted."""
+        return self.hidden or self.lora_RD is not None
 
 
 class HeadChunk(Protocol):

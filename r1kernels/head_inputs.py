@@ -1,12 +1,13 @@
 """What every op of the linear head takes: arguments checked and flattened, one list for all."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from r1kernels.backend import implementation
-from r1kernels.check import describe, device, dtype_in, shape
+from r1kernels.check import describe, device, dtype_in, local, shape
 from r1kernels.chunked_head import Head, HeadChunk, Rows
 from r1kernels.rows import DTYPES, check_targets, counted_rows, per_row, positive, scaling
 
@@ -18,22 +19,42 @@ class HeadInputs(NamedTuple):
     weight_VD: Tensor
     targets_T: Tensor
     bias_V: Tensor | None
+    lora_RD: Tensor | None
+    lora_VR: Tensor | None
     temperature_T: Tensor | None
+    prior_T: Tensor | None
     softcap: float
     logit_scale: float
-    prior_T: Tensor | None
+    lora_scale: float
+
+    @property
+    def trained(self) -> tuple[Tensor | None, ...]:
+        """What may get a gradient, in the order of `Gradients`."""
+        return self.hidden_TD, self.weight_VD, self.bias_V, self.lora_RD, self.lora_VR
 
     def wants(self) -> list[bool]:
-        """Whether hidden, weight and bias need gradients in a call made now."""
-        return [
-            x is not None and torch.is_grad_enabled() and x.requires_grad
-            for x in (self.hidden_TD, self.weight_VD, self.bias_V)
-        ]
+        """Which of `trained` need gradients in a call made now."""
+        return [x is not None and torch.is_grad_enabled() and x.requires_grad for x in self.trained]
 
     def start(self) -> tuple[type[HeadChunk], Head, Rows, Tensor | None]:
         """The backend's work, the head, the rows that count and their indices (None: all)."""
-        run = implementation("linear_logp", self.hidden_TD.device.type, *self[:2])
-        head = Head(self.weight_VD, self.bias_V, self.softcap, self.logit_scale)
+        # A float32 master weight meets 16-bit hidden states as a copy in their dtype.
+        weight_VD, lora_VR = (
+            None if x is None else x.to(self.hidden_TD.dtype)
+            for x in (self.weight_VD, self.lora_VR)
+        )
+        run = implementation(
+            "linear_logp", self.hidden_TD.device.type, self.hidden_TD, weight_VD, lora_VR
+        )
+        head = Head(
+            weight_VD,
+            self.bias_V,
+            self.softcap,
+            self.logit_scale,
+            self.lora_RD,
+            lora_VR,
+            self.lora_scale,
+        )
         at = counted_rows(self.targets_T, self.weight_VD.shape[0], self.temperature_T)
         rows = Rows(self.hidden_TD, self.targets_T, self.temperature_T, self.prior_T)
         return run.HeadChunk, head, rows if at is None else rows.take(at), at
@@ -41,10 +62,13 @@ class HeadInputs(NamedTuple):
 
 # Of HeadInputs in an op's schema.
 SCHEMA = (
-    "Tensor hidden_TD, Tensor weight_VD, Tensor targets_T, Tensor? bias_V, Tensor? temperature_T, "
-    "float softcap, float logit_scale, Tensor? prior_T"
+    "Tensor hidden_TD, Tensor weight_VD, Tensor targets_T, Tensor? bias_V, Tensor? lora_RD, "
+    "Tensor? lora_VR, Tensor? temperature_T, Tensor? prior_T, float softcap, float logit_scale, "
+    "float lora_scale"
 )
 COUNT = len(HeadInputs._fields)
+# The tensors come first.
+TENSORS = HeadInputs._fields.index("softcap")
 
 
 def split(args: tuple) -> tuple[HeadInputs, tuple]:
@@ -52,10 +76,12 @@ def split(args: tuple) -> tuple[HeadInputs, tuple]:
     return HeadInputs(*args[:COUNT]), args[COUNT:]
 
 
-def gradients(hidden_TD: object, weight_VD: object, bias_V: object) -> list:
-    """The gradients of HeadInputs, None where there is none."""
-    none = HeadInputs(*[None] * COUNT)
-    return list(none._replace(hidden_TD=hidden_TD, weight_VD=weight_VD, bias_V=bias_V))
+def gradients(
+    hidden_TD: object, weight_VD: object, bias_V: object, lora_RD: object, lora_VR: object
+) -> list:
+    """The gradients of HeadInputs from those of `trained`."""
+    found = [hidden_TD, weight_VD, None, bias_V, lora_RD, lora_VR]
+    return found + [None] * (COUNT - len(found))
 
 
 def head_inputs(
@@ -63,6 +89,7 @@ def head_inputs(
     weight: object,
     targets: object,
     bias: object,
+    lora: object,
     temperature: object,
     softcap: object,
     logit_scale: object,
@@ -73,8 +100,10 @@ def head_inputs(
 
     Raises: ValueError on shapes, devices and options out of range; TypeError on dtypes.
     """
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        local(name, x)
     dtype_in("hidden", hidden, DTYPES)
-    dtype_in("weight", weight, (hidden.dtype,))
+    dtype_in("weight", weight, (hidden.dtype, torch.float32))
     if hidden.ndim < 1 or weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
             f"weight must be [V, D] and hidden [..., D], "
@@ -93,13 +122,41 @@ def head_inputs(
         positive("workspace_mb", workspace_mb)
         if not isinstance(workspace_mb, int):
             raise TypeError(f"workspace_mb must be an int, got {workspace_mb!r}")
+    lora_RD, lora_VR, lora_scale = (
+        (None, None, 1.0) if lora is None else _lora(lora, hidden, weight)
+    )
     leading = hidden.shape[:-1]
     check_targets(targets, leading, hidden)
+    options = scaling(temperature, softcap, logit_scale, leading, hidden)
     return HeadInputs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),
         bias,
-        *scaling(temperature, softcap, logit_scale, leading, hidden),
+        lora_RD,
+        lora_VR,
+        options.temperature_T,
         per_row("prior", prior, leading, hidden),
+        options.softcap,
+        options.logit_scale,
+        lora_scale,
     )
+
+
+def _lora(lora: object, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Raises: as head_inputs, on a low-rank term that does not fit the weight."""
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"lora must be (A [R, D], B [V, R], scale), got {describe(lora)}")
+    lora_RD, lora_VR, scale = lora
+    for name, x in (("lora's A", lora_RD), ("lora's B", lora_VR)):
+        local(name, x)
+        dtype_in(name, x, (hidden.dtype, torch.float32))
+        device(name, x, hidden.device)
+    rank = lora_RD.shape[0] if lora_RD.ndim else 0
+    if not rank:
+        raise ValueError(f"lora's A must be [R, {weight.shape[1]}], got {describe(lora_RD)}")
+    shape("lora's A", lora_RD, (rank, weight.shape[1]), "[R, D]")
+    shape("lora's B", lora_VR, (weight.shape[0], rank), "[V, R]")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise TypeError(f"lora's scale must be a finite number, got {describe(scale)}")
+    return lora_RD, lora_VR, float(scale)

@@ -13,6 +13,7 @@ def linear_logp(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -22,17 +23,20 @@ def linear_logp(
 ) -> Logp:
     """`logp = l[target] - logsumexp(l)` of the logits of a linear head.
 
-    `l = softcap tanh(logit_scale (hidden W^T + bias) / softcap) / temperature`. With a head that
-    needs no gradient the forward also makes d logp / d hidden, and any loss on the result costs two
-    GEMMs in all. With a trainable head the backward makes the logits again. For a policy loss
-    `linear_policy_loss` is cheaper than either.
+    `l = softcap tanh(logit_scale (hidden (W + scale B A)^T + bias) / softcap) / temperature`; the
+    sum W + scale B A is never made. With a head that needs no gradient the forward also makes
+    d logp / d hidden, and any loss on the result costs two GEMMs in all. With a trainable head the
+    backward makes the logits again. For a policy loss `linear_policy_loss` is cheaper than either.
 
     Args:
         hidden: [..., D] float32, bfloat16 or float16.
-        weight: [V, D], dtype and device of hidden.
+        weight: [V, D] on hidden's device, of its dtype; or float32, a master weight that meets
+            16-bit hidden states as a copy in their dtype and gets its gradient in float32.
         targets: [...] int64 in [0, V), or IGNORE (-100): results 0, no gradient, the row enters no
             product.
-        bias: [V], or None.
+        bias: [V], of hidden's dtype or float32, or None.
+        lora: (A [R, D], B [V, R], scale), a low-rank term of the weight, of hidden's dtype or
+            float32; or None. PEFT's lora_A.weight, lora_B.weight and scaling.
         temperature: float, or [...] float32 for one per token; > 0. Gets no gradient.
         softcap: > 0, or None.
         logit_scale: > 0.
@@ -42,8 +46,8 @@ def linear_logp(
         workspace_mb: MiB for the logits of a chunk; default 256 on the CPU, 1280 on a GPU.
 
     Returns:
-        Logp(logp, entropy | None, lse): [...] float32, in nats. Gradients flow to hidden, weight
-        and bias through all three.
+        Logp(logp, entropy | None, lse): [...] float32, in nats. Gradients flow to hidden, weight,
+        bias, A and B through all three.
 
     Numerics: float32 logits and exponentials, float64 statistics up to the backward; weight
         gradients accumulate in float32; logp is never above 0. Deterministic.
@@ -52,7 +56,7 @@ def linear_logp(
     Source: docs/ops/linear_logp.md.
     """
     call = head_inputs(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, prior, workspace_mb
+        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior, workspace_mb
     )
     needs_hidden, *needs_head = call.wants()
     frozen = needs_hidden and not any(needs_head)

@@ -67,11 +67,12 @@ def _(*args):
     "r1kernels::linear_logp_bwd",
     mutates_args=(),
     schema=f"({head_inputs.SCHEMA}, Tensor dlogp_T, Tensor? dentropy_T, Tensor? dlse_T, "
-    "Tensor exact_3T, bool[] needs, int? workspace_mb) -> (Tensor, Tensor, Tensor)",
+    "Tensor exact_3T, bool[] needs, int? workspace_mb) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @isolated
 def linear_logp_bwd(*args):
-    """(dhidden, dweight, dbias) by recomputation; empty what `needs` does not ask for."""
+    """(dhidden, dweight, dbias, dA, dB) by recomputation; empty what `needs` does not ask for."""
     call, (dlogp_T, dentropy_T, dlse_T, exact_3T, needs, workspace_mb) = split(args)
     chunk, head, rows, at = call.start()
     logp_T, entropy_T, lse_T = exact_3T
@@ -85,17 +86,19 @@ def linear_logp_bwd(*args):
     none = call.hidden_TD.new_empty(0)
     return (
         none if dhidden_TD is None else spread(dhidden_TD, at, len(call.targets_T)),
-        none.clone() if grads.weight_VD is None else grads.weight_VD.to(call.weight_VD.dtype),
-        none.clone() if grads.bias_V is None else grads.bias_V.to(call.bias_V.dtype),
+        *(
+            none.clone() if grad is None else grad.to(x.dtype)
+            for x, grad in zip(call.trained[1:], grads.of_head, strict=True)
+        ),
     )
 
 
 @linear_logp_bwd.register_fake
 def _(*args):
     call, rest = split(args)
-    wanted = zip((call.hidden_TD, call.weight_VD, call.bias_V), rest[-2], strict=True)
     return tuple(
-        x.new_empty(x.shape) if need else call.hidden_TD.new_empty(0) for x, need in wanted
+        x.new_empty(x.shape) if need else call.hidden_TD.new_empty(0)
+        for x, need in zip(call.trained, rest[-2], strict=True)
     )
 
 
@@ -105,14 +108,15 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(exact_3T, *jacobians)
     # None, not zeros, for an output that the loss does not use: without dlse the Jacobian will do.
     ctx.set_materialize_grads(False)
-    ctx.plain = call.softcap, call.logit_scale
-    ctx.save_for_backward(*call[:5], exact_3T, *jacobians)
+    ctx.plain = call[head_inputs.TENSORS :]
+    tensors = call._replace(prior_T=None)[: head_inputs.TENSORS]
+    ctx.save_for_backward(*tensors, exact_3T, *jacobians)
 
 
 def _grad(ctx, dlogp_T, dentropy_T, dlse_T, *_):
     no_second_derivative("linear_logp")
     *tensors, exact_3T, jac_TD, jac_entropy_TD = ctx.saved_tensors
-    call = HeadInputs(*tensors, *ctx.plain, None)
+    call = HeadInputs(*tensors, *ctx.plain)
     dentropy_T = dentropy_T if ctx.entropy else None
     if ctx.frozen and dlse_T is None:
         # Rows that do not count have a Jacobian of 0, and upstream gradients that may be anything.
@@ -124,12 +128,11 @@ def _grad(ctx, dlogp_T, dentropy_T, dlse_T, *_):
             dhidden_TD = (
                 dhidden_TD + torch.where(counted_T, dentropy_T, 0.0)[:, None] * jac_entropy_TD
             )
-        found = dhidden_TD.to(call.weight_VD.dtype), None, None
+        found = dhidden_TD.to(call.hidden_TD.dtype), *[None] * 4
     else:
         if dlogp_T is None:
             dlogp_T = torch.zeros_like(call.targets_T, dtype=torch.float32)
-        wanted = HeadInputs(*ctx.needs_input_grad[: head_inputs.COUNT])
-        needs = [wanted.hidden_TD, wanted.weight_VD, wanted.bias_V]
+        needs = list(HeadInputs(*ctx.needs_input_grad[: head_inputs.COUNT]).trained)
         found = linear_logp_bwd(
             *call, dlogp_T, dentropy_T, dlse_T, exact_3T, needs, ctx.workspace_mb
         )

@@ -24,6 +24,7 @@ def linear_loss(
     fn: TokenLoss,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -44,12 +45,12 @@ def linear_loss(
         The rest as `linear_logp`. Rows with target IGNORE (-100) are never seen by `fn`.
 
     Returns:
-        The sum, 0-d float32. Gradients flow to hidden, weight and bias, once.
+        The sum, 0-d float32. Gradients flow to hidden, weight, bias, A and B, once.
 
     Raises: ValueError when fn returns another shape; otherwise as `linear_logp`.
     """
     call = head_inputs(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, prior, workspace_mb
+        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior, workspace_mb
     )
     # Asked here: inside, gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
     return _LinearLoss.apply(*call, fn, entropy, call.wants(), workspace_mb)
@@ -101,10 +102,8 @@ class _LinearLoss(torch.autograd.Function):
             chunk, head, rows, entropy, entropy, False, coefficients, grads, workspace_mb
         )
         dhidden_TD = None if dhidden_TD is None else spread(dhidden_TD, at, total_rows)
-        ctx.save_for_backward(dhidden_TD, grads.weight_VD, grads.bias_V)
-        ctx.dtypes = [
-            None if x is None else x.dtype for x in (call.hidden_TD, call.weight_VD, call.bias_V)
-        ]
+        ctx.save_for_backward(dhidden_TD, *grads.of_head)
+        ctx.dtypes = [None if x is None else x.dtype for x in call.trained]
         return loss.float()
 
     @staticmethod

@@ -24,6 +24,7 @@ def linear_policy_loss(
     objective: PolicyObjective,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -46,7 +47,8 @@ def linear_policy_loss(
 
     Args:
         hidden: packed [T, D] or padded [B, S, D], float32, bfloat16 or float16.
-        weight, targets, bias, temperature, softcap, logit_scale, workspace_mb: as `linear_logp`.
+        weight, targets, bias, lora, temperature, softcap, logit_scale, workspace_mb: as
+            `linear_logp`.
         advantages, objective, logp_old, logp_ref, logp_sampler, mask, weights, cu_seqlens,
             normalizer: as `policy_loss`.
         entropy: fill metrics["entropy"] even where the objective does not need it.
@@ -57,13 +59,13 @@ def linear_policy_loss(
         PolicyLoss(loss, logp, metrics): loss 0-d float32; logp like targets, detached; metrics as
             `policy_loss`.
 
-    Gradients: hidden, weight and bias, once.
+    Gradients: hidden, weight, bias, A and B, once.
     Numerics: as `linear_logp` and `policy_loss`. Deterministic.
     Raises: ValueError and TypeError as both.
     Source: docs/ops/linear_logp.md.
     """
     call = head_inputs.head_inputs(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, prior, workspace_mb
+        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior, workspace_mb
     )
     leading = targets.shape
     counted = targets != IGNORE
@@ -112,11 +114,11 @@ def linear_policy_loss(
     schema=f"({head_inputs.SCHEMA}, Tensor advantages_T, Tensor? logp_old_T, Tensor? logp_ref_T, "
     "Tensor? logp_sampler_T, Tensor weights_T, Tensor? sequence_T, int num_sequences, "
     "str objective, bool entropy, bool[] needs, int? workspace_mb) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @isolated
 def _linear_policy_loss_fwd(*args):
-    """(loss, logp, metrics, dhidden, dweight, dbias); those of the head are float32.
+    """(loss, logp, metrics, dhidden, dweight, dbias, dA, dB); those of the head are float32.
 
     Gradients that `needs` does not ask for are empty.
     """
@@ -155,8 +157,7 @@ def _linear_policy_loss_fwd(*args):
         spread(stats.logp.float(), at, total),
         metrics,
         none if dhidden_TD is None else spread(dhidden_TD, at, total),
-        none.clone() if grads.weight_VD is None else grads.weight_VD,
-        none.clone() if grads.bias_V is None else grads.bias_V,
+        *(none.clone() if x is None else x for x in grads.of_head),
     )
 
 
@@ -177,7 +178,7 @@ def _(*args):
         else wide(0),
         *(
             wide(*x.shape) if need else wide(0)
-            for x, need in zip((call.weight_VD, call.bias_V), needs[1:], strict=True)
+            for x, need in zip(call.trained[1:], needs[1:], strict=True)
         ),
     )
 
@@ -187,9 +188,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
     ctx.others = len(inputs) - head_inputs.COUNT
-    ctx.dtypes = [
-        None if x is None else x.dtype for x in (call.hidden_TD, call.weight_VD, call.bias_V)
-    ]
+    ctx.dtypes = [None if x is None else x.dtype for x in call.trained]
 
 
 def _grad(ctx, dloss, *_):

@@ -23,6 +23,10 @@ def head():
     return torch.randn(5, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
 
 
+def lora(trained=False):
+    return tuple(torch.randn(*size, requires_grad=trained) for size in ((2, 8), (17, 2)))
+
+
 def run_token_logp(x):
     return sum(v.sum() for v in r1kernels.token_logp(x, TARGETS, entropy=True, temperature=0.7))
 
@@ -90,23 +94,23 @@ def op_arguments():
         "linear_logp": (
             linear_logp_fwd,
             (
-                hidden, weight, TARGETS, torch.randn(17, requires_grad=True), temperature, 0.0, 1.0,
-                None, True, False, None,
+                hidden, weight, TARGETS, torch.randn(17, requires_grad=True), None, None,
+                temperature, None, 0.0, 1.0, 1.0, True, False, None,
             ),
         ),
         "linear_logp frozen": (
             linear_logp_fwd,
             (
-                hidden, weight.detach(), TARGETS, None, None, 5.0, 1.0, -torch.rand(5), True, True,
-                None,
+                hidden, weight.detach(), TARGETS, None, *lora(), None, -torch.rand(5), 5.0, 1.0,
+                2.0, True, True, None,
             ),
         ),
         "linear_policy_loss": (
             torch.ops.r1kernels.linear_policy_loss_fwd.default,
             (
-                hidden, weight, TARGETS, None, None, 0.0, 1.0, None, torch.randn(5), -torch.rand(5),
-                None, None, torch.rand(5), None, 1, PolicyObjective.dapo().spec, False,
-                [True, True, False], None,
+                hidden, weight, TARGETS, None, *lora(True), None, None, 0.0, 1.0, 0.5,
+                torch.randn(5), -torch.rand(5), None, None, torch.rand(5), None, 1,
+                PolicyObjective.dapo().spec, False, [True, True, False, True, True], None,
             ),
         ),
     }  # fmt: skip

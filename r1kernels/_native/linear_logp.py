@@ -55,6 +55,7 @@ class HeadChunk:
             else torch.empty(min(TILE_V, vocab), width)
         )
         self.bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
+        self.lora_VR = None if head.lora_VR is None else head.lora_VR.float()
         self.threads = torch.get_num_threads()
 
     @staticmethod
@@ -76,8 +77,7 @@ class HeadChunk:
         weighted_C = torch.zeros(count, dtype=torch.float64) if self.entropy else None
         self.anchors = []
         for first, last in self.edges:
-            tile = self._tile(first, last, count, keep)
-            torch.mm(self.hidden_CD, self._slice(first, last).T, out=tile)
+            tile = self._logits(first, last, self._slice(first, last), keep)
             _C.exp_tile(
                 **self._where(tile, first, self.targets_C, self.temperature_C),
                 store=self.store if keep else NOTHING,
@@ -95,6 +95,8 @@ class HeadChunk:
     ) -> Tensor | None:
         rows = slice(None) if active is None else active
         hidden_CD, targets_C = self.hidden_CD[rows], self.targets_C[rows]
+        low_CR = None if self.low_CR is None else self.low_CR[rows]
+        right = hidden_CD, low_CR
         temperature_C = None if self.temperature_C is None else self.temperature_C[rows]
         if self.store == LOGIT:
             stats = Logp(*(None if x is None else x[rows] for x in self.stats))
@@ -109,8 +111,8 @@ class HeadChunk:
                 factor_C /= temperature_C
             final_C = self.anchors[-1] if self.anchors else None
             minus_C = -self.sum_C[rows].float()
-            hidden_CD = hidden_CD * factor_C[:, None]
-        dhidden_CD = torch.zeros(len(targets_C), hidden_CD.shape[1]) if grads.hidden else None
+            right = (None if x is None else x * factor_C[:, None] for x in right)
+        right, out = tuple(right), self._row_gradients(hidden_CD, grads)
         for index, (first, end) in enumerate(self.edges):
             tile = self._tile(first, end, len(self.targets_C), True)
             if self.store == EXP:
@@ -127,10 +129,14 @@ class HeadChunk:
                 here = (targets_C >= first) & (targets_C < end)
                 at = here.nonzero().squeeze(1)
                 tile[at, targets_C[at] - first] = minus_C[at]
-            weight_SD = self._slice(first, end) if dhidden_CD is not None else None
-            self._accumulate(tile, weight_SD, hidden_CD, factor_C, first, end, dhidden_CD, grads)
-        if dhidden_CD is not None and factor_C is not None:
-            dhidden_CD *= factor_C[:, None]
+            weight_SD = self._slice(first, end) if grads.hidden else None
+            self._accumulate(tile, weight_SD, right, factor_C, first, end, out, grads)
+        dhidden_CD, dlow_CR = out
+        if factor_C is not None:
+            for x in out:
+                if x is not None:
+                    x *= factor_C[:, None]
+        self.head.add_low(dlow_CR, hidden_CD, dhidden_CD, grads)
         return dhidden_CD
 
     def backward(
@@ -144,38 +150,55 @@ class HeadChunk:
     ) -> Tensor | None:
         self._take(rows)
         terms = gradient_terms(stats, dlogp_C, dentropy_C, dlse_C)
-        dhidden_CD = torch.zeros(self.hidden_CD.shape) if grads.hidden else None
+        right, out = (self.hidden_CD, self.low_CR), self._row_gradients(self.hidden_CD, grads)
         for first, last in self.edges:
-            tile = self._tile(first, last, len(self.targets_C), False)
             weight_SD = self._slice(first, last)
-            torch.mm(self.hidden_CD, weight_SD.T, out=tile)
+            tile = self._logits(first, last, weight_SD, False)
             _C.grad_tile(
                 **self._where(tile, first, self.targets_C, self.temperature_C),
                 transformed=False,
                 **{name: _address(x) for name, x in terms.items()},
             )
-            self._accumulate(tile, weight_SD, self.hidden_CD, None, first, last, dhidden_CD, grads)
+            self._accumulate(tile, weight_SD, right, None, first, last, out, grads)
+        dhidden_CD, dlow_CR = out
+        self.head.add_low(dlow_CR, self.hidden_CD, dhidden_CD, grads)
         return dhidden_CD
 
     def _take(self, rows) -> None:
         self.hidden_CD = rows.hidden_TD.float()
+        self.low_CR = self.head.low(self.hidden_CD)
         self.targets_C = rows.targets_T.contiguous()
         temperature_C = rows.temperature_T
         self.temperature_C = None if temperature_C is None else temperature_C.float().contiguous()
 
-    def _accumulate(
-        self, tile, weight_SD, hidden_CD, factor_C, first, last, dhidden_CD, grads
-    ) -> None:
+    def _row_gradients(self, hidden_CD: Tensor, grads) -> tuple[Tensor | None, Tensor | None]:
+        """What the tiles add up to: dhidden, and the gradient of the low-rank product."""
+        count = len(hidden_CD)
+        low = self.lora_VR is not None and grads.low
+        return (
+            torch.zeros(hidden_CD.shape) if grads.hidden else None,
+            torch.zeros(count, self.lora_VR.shape[1]) if low else None,
+        )
+
+    def _accumulate(self, tile, weight_SD, right, factor_C, first, last, out, grads) -> None:
+        """GEMMs 2 and 3 of a tile; `right` is (hidden, low) as they meet it."""
+        (hidden_CD, low_CR), (dhidden_CD, dlow_CR) = right, out
         if dhidden_CD is not None:
             dhidden_CD.addmm_(tile, weight_SD)
+        if dlow_CR is not None:
+            dlow_CR.addmm_(tile, self.lora_VR[first:last])
         if grads.weight_VD is not None:
             grads.weight_VD[first:last].addmm_(tile.T, hidden_CD)
+        if grads.lora_VR is not None:
+            grads.lora_VR[first:last].addmm_(tile.T, low_CR)
         if grads.bias_V is not None:
             grads.bias_V[first:last] += tile.sum(0) if factor_C is None else tile.T @ factor_C
 
     def _target_logit(self) -> Tensor:
         weight_CD = self.head.weight_VD[self.targets_C].float()
         z_C = (self.hidden_CD * weight_CD).sum(-1)
+        if self.low_CR is not None:
+            z_C += (self.low_CR * self.lora_VR[self.targets_C]).sum(-1)
         if self.bias_V is not None:
             z_C += self.bias_V[self.targets_C]
         z_C *= self.head.logit_scale
@@ -236,6 +259,14 @@ class HeadChunk:
             "temperature": _address(temperature_C),
             "threads": self.threads,
         }
+
+    def _logits(self, first: int, last: int, weight_SD: Tensor, keep: bool) -> Tensor:
+        """GEMM 1 of a tile."""
+        tile = self._tile(first, last, len(self.targets_C), keep)
+        torch.mm(self.hidden_CD, weight_SD.T, out=tile)
+        if self.low_CR is not None:
+            tile.addmm_(self.low_CR, self.lora_VR[first:last].T)
+        return tile
 
     def _tile(self, first: int, last: int, count: int, keep: bool) -> Tensor:
         """Logits of `count` rows and columns [first, last), contiguous for the GEMMs."""

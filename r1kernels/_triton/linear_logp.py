@@ -221,7 +221,10 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def refuses(
-    hidden: Tensor | None = None, weight: Tensor | None = None, *_args: object
+    hidden: Tensor | None = None,
+    weight: Tensor | None = None,
+    lora_VR: Tensor | None = None,
+    *_args: object,
 ) -> str | None:
     """Why these kernels cannot take a head's hidden states and weight, or None."""
     if hidden is None:
@@ -231,4 +234,6 @@ def refuses(
         return "the interpreter's bfloat16 dot product is wrong"
     if reason is None and weight is not None and weight.dtype != hidden.dtype:
         return f"weight is {weight.dtype}, hidden {hidden.dtype}"
+    if lora_VR is not None:
+        return "a low-rank term"
     return reason

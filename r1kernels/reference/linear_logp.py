@@ -12,19 +12,24 @@ def linear_logp(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
 ) -> Logp:
-    """`token_logp(hidden @ weight.T + bias, targets)`, the logits kept whole.
+    """`token_logp(hidden @ (weight + scale B A).T + bias, targets)`, the logits kept whole.
 
     In float64 for float64 inputs, in float32 otherwise. Differentiable by autograd, any device.
     Args as `r1kernels.linear_logp`.
     """
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     counted = (targets != -100)[..., None]
-    logits = torch.where(counted, hidden, 0).to(wide) @ weight.to(wide).T
+    hidden = torch.where(counted, hidden, 0).to(wide)
+    logits = hidden @ weight.to(wide).T
+    if lora is not None:
+        lora_RD, lora_VR, scale = lora
+        logits = logits + scale * (hidden @ lora_RD.to(wide).T) @ lora_VR.to(wide).T
     if bias is not None:
         logits = logits + bias.to(wide)
     return token_logp(
@@ -90,6 +95,9 @@ class HeadChunk:
 
     def _logits(self, rows) -> Tensor:
         logits_CV = rows.hidden_TD.float() @ self.head.weight_VD.float().T
+        low_CR = self.head.low(rows.hidden_TD)
+        if low_CR is not None:
+            logits_CV.addmm_(low_CR, self.head.lora_VR.float().T)
         return logits_CV if self.head.bias_V is None else logits_CV + self.head.bias_V.float()
 
     def _products(self, rows, logits_CV, dlogp_C, dentropy_C, dlse_C, grads) -> Tensor | None:
@@ -108,4 +116,10 @@ class HeadChunk:
             grads.weight_VD.addmm_(dlogits_CV.T, rows.hidden_TD.float())
         if grads.bias_V is not None:
             grads.bias_V.add_(dlogits_CV.sum(0))
-        return dlogits_CV @ head.weight_VD.float() if grads.hidden else None
+        dhidden_CD = dlogits_CV @ head.weight_VD.float() if grads.hidden else None
+        if grads.lora_VR is not None:
+            grads.lora_VR.addmm_(dlogits_CV.T, head.low(rows.hidden_TD))
+        if head.lora_VR is not None and grads.low:
+            dlow_CR = dlogits_CV @ head.lora_VR.float()
+            head.add_low(dlow_CR, rows.hidden_TD, dhidden_CD, grads)
+        return dhidden_CD

@@ -3,7 +3,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from r1kernels import linear_logp, use_backend
+from r1kernels import PolicyObjective, linear_logp, linear_policy_loss, use_backend
 from r1kernels.check import IGNORE
 from r1kernels.reference.linear_logp import linear_logp as linear_logp_ref
 from tests.numerics import assert_no_worse, relative_error, relative_l2
@@ -272,6 +272,46 @@ def test_second_derivatives_are_refused(head):
         torch.autograd.grad(out.logp.sum(), hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_float32_master_weight_keeps_its_gradient(backend, dtype):
+    if not supported(backend, DTYPES[dtype]):
+        pytest.skip("the interpreter's bfloat16 dot product is wrong")
+    case = make(shape_for(backend, 1), torch.float32, "plain")
+    hidden, weight, _ = leaves(case)
+    hidden = hidden.detach().to(DTYPES[dtype])
+    narrow = weight.detach().to(DTYPES[dtype]).requires_grad_()
+    out, plain = (linear_logp(hidden, w, case.targets) for w in (weight, narrow))
+    assert torch.equal(out.logp, plain.logp)
+    (wide,), (rounded,) = (
+        torch.autograd.grad(x.logp.sum(), w) for x, w in ((out, weight), (plain, narrow))
+    )
+    assert wide.dtype == torch.float32 and torch.equal(wide.to(rounded.dtype), rounded)
+    assert not torch.equal(wide, rounded.float())
+    objective = PolicyObjective(aggregation="token_mean")
+    loss = linear_policy_loss(
+        hidden, weight, case.targets, torch.ones(len(hidden)), objective, normalizer=1
+    ).loss
+    (fused,) = torch.autograd.grad(-loss, weight)
+    assert fused.dtype == torch.float32 and relative_error(fused, wide) < 2e-3
+
+
+def test_distributed_weight_is_refused_with_the_way_out():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+        mesh = init_device_mesh("cpu", (1,))
+        weight = DTensor.from_local(torch.randn(17, 8), mesh, [Shard(0)])
+        given = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"weight\.full_tensor\(grad_placements=\[Partial"):
+            linear_logp(given[0], weight, given[1])
+        with pytest.raises(ValueError, match="hidden is a DTensor"):
+            linear_logp(weight, torch.randn(17, 8), torch.zeros(17, dtype=torch.int64))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_empty_and_all_ignored(backend):
     weight = torch.randn(17, 8, requires_grad=True)
     for targets in (torch.zeros(0, dtype=torch.int64), torch.full((3,), IGNORE)):
@@ -323,7 +363,7 @@ def test_rows_of_the_logit_gradient_sum_to_zero(backend):
             "hidden must be torch.float32",
         ),
         (
-            {"weight": torch.zeros(17, 8, dtype=torch.bfloat16)},
+            {"weight": torch.zeros(17, 8, dtype=torch.float16)},
             TypeError,
             "weight must be torch.float32",
         ),
