@@ -38,7 +38,7 @@ class Group:
 
 def plan(quick: bool) -> list[Group]:
     """The groups of the suite, in the order they run."""
-    every = tuple(name for name in PROVIDERS if name != "reference")
+    every = tuple(p.name for p in PROVIDERS.values() if "cpu" in p.suites)
     if quick:
         return [
             Group(shape=shapes.CPU_QUICK, dtype="float32", modes=MODES, providers=every, share=0.8),
@@ -320,6 +320,11 @@ def run(
                 worker.close()
             for path in folder.glob("*.pt"):
                 path.unlink()
+
+
+def summary(rows: list[dict]) -> str:
+    """Every row, a line each."""
+    return "\n".join(line(row) for row in rows)
 
 
 def line(row: dict) -> str:

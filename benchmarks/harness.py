@@ -27,7 +27,14 @@ MIB = 2**20
 
 
 class WorkerError(Exception):
-    """A worker that failed, died or did not answer in time."""
+    """A worker that failed, died or did not answer in time.
+
+    `missing`: it is well, and only has not what was asked for.
+    """
+
+    def __init__(self, reason: str, missing: bool = False):
+        super().__init__(reason)
+        self.missing = missing
 
 
 class Worker:
@@ -75,7 +82,7 @@ class Worker:
             line += block
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"])
+            raise WorkerError(answer["error"], answer["missing"])
         return answer
 
     def _death(self) -> str:
@@ -121,10 +128,10 @@ def serve(handlers: dict) -> None:
 
             traceback.print_exc()
             first = str(error).strip().split("\n")[0][:300]
+            missing = type(error).__name__ == "Missing"
             answer = {
-                "error": first
-                if type(error).__name__ == "Missing"
-                else f"{type(error).__name__}: {first}"
+                "error": first if missing else f"{type(error).__name__}: {first}",
+                "missing": missing,
             }
         answers.write(json.dumps(answer) + "\n")
 

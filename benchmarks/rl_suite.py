@@ -172,6 +172,11 @@ def run(
         write(row)
 
 
+def summary(rows: list[dict]) -> str:
+    """Every row, a line each."""
+    return "\n".join(line(row) for row in rows)
+
+
 def line(row: dict) -> str:
     """One row for a person."""
     if row["status"] != "ok":

@@ -66,6 +66,24 @@ def flops(shape: Shape, path: str, rows: float = 1.0, active: float = 1.0) -> fl
     return 2.0 * shape.T * shape.D * shape.V * rows * (kind.gemms + active * kind.active_gemms)
 
 
+# Mode of the benchmarks -> path, share of rows in the mask, share of those with a coefficient.
+MODES = {
+    "forward": ("forward", 1.0, 1.0),
+    "forward_backward": ("forward_backward", 1.0, 1.0),
+    "frozen": ("frozen", 1.0, 1.0),
+    "masked_50": ("forward_backward", 0.5, 1.0),
+    "zero_50": ("forward_backward", 1.0, 0.5),
+    "zero_80": ("forward_backward", 1.0, 0.2),
+    "entropy": ("forward_backward", 1.0, 1.0),
+}
+
+
+def mode_flops(shape: Shape, mode: str) -> float:
+    """Operations of the products that no implementation of the mode can do without."""
+    path, rows, active = MODES[mode]
+    return flops(shape, path, rows, active)
+
+
 def traffic(shape: Shape, path: str, rows: float = 1.0, active: float = 1.0) -> float:
     """Bytes read from and written to device memory."""
     kind = PATHS[path]

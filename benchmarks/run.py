@@ -1,6 +1,7 @@
 """Command line of the benchmarks.
 
 python -m benchmarks.run --suite cpu --json benchmarks/results/cpu.jsonl
+python -m benchmarks.run --suite gpu --minutes 8 --out DIR [--full]
 python -m benchmarks.run --suite rl --json benchmarks/results/rl.jsonl
 python -m benchmarks.report
 """
@@ -8,46 +9,77 @@ python -m benchmarks.report
 import argparse
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.harness import ROOT
+
+MINUTES = {"cpu": 12.0, "gpu": 8.0, "rl": 8.0}
+THREADS = {"cpu": 2, "gpu": 4, "rl": 2}
+BUILD_TIMEOUT = 240.0
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one suite. Returns 1 when a row of ours is missing or was refused."""
+    """Run one suite. Returns 1 when a row of ours failed or was refused.
+
+    Not every backend is built for every GPU: there, a missing row is no failure.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--suite", choices=("cpu", "rl"), required=True)
+    parser.add_argument("--suite", choices=tuple(MINUTES), required=True)
     parser.add_argument(
         "--json", type=Path, help="file of rows, one JSON object per line; replaced"
     )
     parser.add_argument(
+        "--out", type=Path, help="gpu suite: folder of the rows' file, which gets the GPU's name"
+    )
+    parser.add_argument(
         "--providers", help="comma-separated; name, or module:attribute for one of your own"
     )
-    parser.add_argument("--modes", help="cpu suite: comma-separated modes")
-    parser.add_argument("--minutes", type=float, help="wall time to aim at (12 for cpu, 8 for rl)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--modes", help="cpu and gpu suites: comma-separated modes")
+    parser.add_argument(
+        "--minutes", type=float, help="wall time: aimed at (12 for cpu, 8 for rl), kept (8 for gpu)"
+    )
+    parser.add_argument("--threads", type=int, help="of each process (2; gpu 4)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes: checks the benchmark, measures nothing"
     )
+    parser.add_argument("--full", action="store_true", help="gpu suite: the whole grid of heads")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="gpu suite: cpu tries it out"
+    )
+    parser.add_argument("--commit", help="gpu suite: what the rows name where no .git is")
     args = parser.parse_args(argv)
+    if args.suite == "gpu" and not (args.out or args.json):
+        parser.error("--suite gpu needs --out DIR")
 
-    providers = args.providers.split(",") if args.providers else None
+    minutes = args.minutes or (1.0 if args.quick else MINUTES[args.suite])
+    options: dict = {"threads": args.threads or THREADS[args.suite], "quick": args.quick}
+    options["providers"] = args.providers.split(",") if args.providers else None
+    if args.suite != "rl":
+        options["modes"] = args.modes.split(",") if args.modes else None
+    started = time.monotonic()
     if args.suite == "cpu":
         from benchmarks import cpu_suite as suite
-
-        options = {"modes": args.modes.split(",") if args.modes else None}
-    else:
+    elif args.suite == "rl":
         from benchmarks import rl_suite as suite
+    else:
+        from benchmarks import gpu_suite as suite
 
-        options = {}
-    minutes = args.minutes or (1.0 if args.quick else {"cpu": 12.0, "rl": 8.0}[args.suite])
+        options |= {"full": args.full, "device": args.device, "commit_name": args.commit}
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            args.json = args.json or args.out / f"{suite.file_name(args.device)}.jsonl"
+        if args.device == "cuda":
+            build_extension()
+            minutes -= (time.monotonic() - started) / 60
     # A terminated run still ends its workers and removes its files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     rows: list[dict] = []
-    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
         file = args.json.open("w") if args.json else None
 
@@ -58,25 +90,39 @@ def main(argv: list[str] | None = None) -> int:
                 file.flush()
 
         try:
-            suite.run(
-                folder=Path(folder),
-                write=write,
-                minutes=minutes,
-                threads=args.threads,
-                quick=args.quick,
-                providers=providers,
-                **options,
-            )
+            suite.run(folder=Path(folder), write=write, minutes=minutes, **options)
         finally:
             if file:
                 file.close()
+            if args.out:
+                save_logs(Path(folder), args.out / "workers.log")
     print(
         f"\n{len(rows)} rows in {time.monotonic() - started:.0f} s"
         + (f" -> {args.json}" if args.json else "")
     )
-    for row in rows:
-        print(suite.line(row))
-    return int(any(suite.is_ours(row) and row["status"] != "ok" for row in rows))
+    print(suite.summary(rows))
+    fine = ("ok", "missing") if args.suite == "gpu" else ("ok",)
+    return int(any(suite.is_ours(row) and row["status"] not in fine for row in rows))
+
+
+def build_extension() -> None:
+    """The C++ and CUDA extensions in place, for this Python; what cannot be built is said."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=BUILD_TIMEOUT
+        )
+        said = "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+    except subprocess.TimeoutExpired:
+        said = f"no end after {BUILD_TIMEOUT:.0f} s"
+    print(f"extension: {'built' if not said else 'not built, going on without: ' + said}")
+
+
+def save_logs(folder: Path, file: Path) -> None:
+    """What every worker said, the end of it, in one file."""
+    with file.open("w") as out:
+        for log in sorted(folder.glob("*.log")):
+            out.write(f"==== {log.stem}\n{log.read_text(errors='replace')[-200_000:]}\n")
 
 
 if __name__ == "__main__":

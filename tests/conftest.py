@@ -1,7 +1,5 @@
-import functools
 import os
 import random
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ if not torch.cuda.is_available():
 
 from torch._dynamo import trace_rules
 
+from benchmarks.poison import poisoned_memory
 from r1kernels import backend as backends
 
 # torch.compile looks its own functions up by name, once; it must find them, not those put in their
@@ -44,33 +43,10 @@ def seeds():
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
+def poison():
     """What r1kernels allocates and does not write reads as NaN, or as the smallest integer."""
-    for owner, name in [
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-    ]:
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-
-
-def poisoned(allocate):
-    @functools.wraps(allocate)
-    def allocate_poisoned(*args, **kwargs):
-        out = allocate(*args, **kwargs)
-        # Tracers see the plain call; only eager code in the package gets the poison.
-        if torch.compiler.is_compiling() or type(out) is not torch.Tensor or out.is_meta:
-            return out
-        if sys._getframe(1).f_globals["__name__"].split(".")[0] == "r1kernels":
-            with torch.no_grad():
-                if out.is_floating_point():
-                    out.fill_(float("nan"))
-                elif out.dtype != torch.bool and not out.is_complex():
-                    out.fill_(torch.iinfo(out.dtype).min)
-        return out
-
-    return allocate_poisoned
+    with poisoned_memory():
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -97,10 +97,9 @@ def test_problem_has_the_rows_its_modes_name(tiny):
     assert tiny["truth_logp"].min() < -1
 
 
-def test_repeated_sequences_have_the_truth_of_the_whole_problem(monkeypatch):
+def test_repeated_sequences_have_the_truth_of_the_whole_problem():
     once = problems.build(TINY, "float32")
-    monkeypatch.setattr(problems, "ROWS_DRAWN", TINY.T)
-    twice = problems.build(Shape(T=64, D=8, V=64, S=8), "float32")
+    twice = problems.build(Shape(T=64, D=8, V=64, S=8), "float32", drawn=TINY.T)
     assert twice["copies"] == 2
     assert twice["hidden"].shape == (64, 8)
     assert (twice["targets"][32:] == once["targets"]).all()

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Everything on a machine with an NVIDIA GPU, in one call, from the source tree; nothing is installed.
+#
+#   tools/gpu_session.sh DIR [minutes of the benchmark] [more options of it, --full say]
+#
+# DIR gets build.log, tests.log, the rows as <gpu>.jsonl, workers.log and summary.txt.
+# PEERS=FOLDER  pure-Python wheels or unpacked packages of other libraries (liger-kernel, trl,
+#               cut-cross-entropy), used where they import.
+# PYTHON=...    the interpreter that has torch (python3).
+# COMMIT=...    what the rows name where there is no .git.
+# TEST_SECONDS  limit of the tests (180); 0 leaves them out.
+set -u
+cd "$(dirname "$0")/.."
+[ $# -ge 1 ] || { sed -n '2,12p' tools/gpu_session.sh; exit 2; }
+out=$1
+minutes=${2:-8}
+[ $# -ge 2 ] && shift 2 || shift 1
+python=${PYTHON:-python3}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+peers=$(mktemp -d)
+trap 'rm -rf "$peers"' EXIT
+
+if [ -n "${PEERS:-}" ]; then
+    for wheel in "$PEERS"/*.whl; do
+        [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$peers"
+    done
+    PYTHONPATH="$peers:$PEERS${PYTHONPATH:+:$PYTHONPATH}"
+fi
+PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH
+
+nvidia-smi >"$out/build.log" 2>&1
+timeout 240 "$python" setup.py build_ext --inplace >>"$out/build.log" 2>&1
+built=$?
+"$python" -m r1kernels >>"$out/build.log" 2>&1
+
+tests=skipped
+if [ "${TEST_SECONDS:-180}" != 0 ]; then
+    timeout "${TEST_SECONDS:-180}" "$python" -m pytest -m gpu --maxfail 8 -q -p no:cacheprovider tests \
+        >"$out/tests.log" 2>&1
+    tests="exit status $?"
+fi
+
+"$python" -m benchmarks.run --suite gpu --minutes "$minutes" --out "$out" \
+    ${COMMIT:+--commit "$COMMIT"} "$@" >"$out/summary.txt" 2>&1
+suite=$?
+
+echo "build: exit status $built"
+echo "tests: $tests; $(tail -n 1 "$out/tests.log" 2>/dev/null)"
+echo "suite: exit status $suite"
+# The table that the suite prints last.
+awk '/^[0-9]+ rows in /{keep=1} keep' "$out/summary.txt" | cut -c1-180
+[ "$suite" = 0 ] && { [ "$tests" = "exit status 0" ] || [ "$tests" = skipped ]; }
