@@ -11,6 +11,7 @@ from r1kernels.linear_logp import linear_logp
 from r1kernels.linear_loss import linear_loss
 from r1kernels.linear_policy_loss import linear_policy_loss
 from r1kernels.objective import PolicyObjective
+from r1kernels.patch import patch, unpatch
 from r1kernels.policy_loss import policy_loss
 from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.reference.token_logp import Logp
@@ -28,7 +29,9 @@ __all__ = [
     "linear_logp",
     "linear_loss",
     "linear_policy_loss",
+    "patch",
     "policy_loss",
     "token_logp",
+    "unpatch",
     "use_backend",
 ]

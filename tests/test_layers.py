@@ -17,6 +17,8 @@ LAYERS = {
         "_native _triton _cuda",
         "head_inputs linear_logp_ops token_logp linear_logp",
         "policy_loss linear_policy_loss linear_loss advantages",
+        "dropin",
+        "patch",
         "__init__ __main__",
     ],
     "r1": [
