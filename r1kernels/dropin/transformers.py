@@ -36,7 +36,7 @@ def logprobs_forward(
 ) -> Logp:
     """Log-probabilities of labels under a causal LM: its backbone, then `linear_logp`.
 
-    Reads weight, bias, softcap, scale and LoRA of the head, tied or not. Under FSDP, DDP or ZeRO use
+    Reads weight, bias, softcap, scale and LoRA of the head, tied or not. Under FSDP or DDP use
     `patch("transformers")` and `model(..., return_logp=True)`, which runs inside the model's own
     forward, so that its hooks gather the weights.
 

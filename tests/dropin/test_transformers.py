@@ -212,7 +212,10 @@ def test_lora_on_the_head(off, frozen):
         (lambda head: head.lora_variant.update(mine="dora"), "variant"),
         (lambda head: setattr(head, "active_adapters", ["mine", "other"]), "one LoRA"),
         (lambda head: setattr(head, "active_adapters", ["prompt"]), "one LoRA"),
-        (lambda head: setattr(head.lora_B["mine"], "bias", torch.nn.Parameter(torch.ones(1))), "bias"),
+        (
+            lambda head: setattr(head.lora_B["mine"], "bias", torch.nn.Parameter(torch.ones(1))),
+            "bias",
+        ),
     ],
 )
 def test_adapters_that_are_refused(change, text):
@@ -238,7 +241,7 @@ def test_heads_that_are_refused():
 
 def test_real_peft():
     peft = pytest.importorskip("peft")
-    model, (ids, mask) = tiny("qwen2"), batch()
+    model, (ids, mask) = tiny("llama"), batch()
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**config, init_lora_weights=False))
     logp, _ = by_hand(wrapped, ids, mask)
