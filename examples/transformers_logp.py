@@ -11,7 +11,7 @@ import r1kernels
 torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 32000}
 model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
-ids = torch.randint(0, 32000, (4, 512))
+ids = torch.randint(0, 32000, (2, 512))
 
 
 def by_logits():
