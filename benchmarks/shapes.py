@@ -19,10 +19,3 @@ CPU_MAIN = Shape(T=2048, D=512, V=65536, S=512)
 CPU_LONG = Shape(T=16384, D=512, V=65536, S=512)
 CPU_BF16 = Shape(T=512, D=512, V=65536, S=128)
 CPU_QUICK = Shape(T=64, D=16, V=512, S=16)
-
-# The head of the H100 figures published by others, and two heads people train today.
-GPU_SHAPES = {
-    "Llama-3-8B head, 32k tokens": Shape(T=32768, D=4096, V=131072, S=32768),
-    "Qwen2.5-1.5B head, 32k tokens": Shape(T=32768, D=1536, V=151936, S=32768),
-    "Qwen2.5-7B head, 128k tokens": Shape(T=131072, D=3584, V=152064, S=131072),
-}

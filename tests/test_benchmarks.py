@@ -8,11 +8,11 @@ import json
 import pytest
 
 from benchmarks import problem as problems
-from benchmarks import report, roofline, run
+from benchmarks import report, run
 from benchmarks.cpu_suite import percentile, verdict
 from benchmarks.problem import MODES
 from benchmarks.providers import Provider, Result, find
-from benchmarks.shapes import GPU_SHAPES, Shape
+from benchmarks.shapes import Shape
 
 TINY = Shape(T=32, D=8, V=64, S=8)
 
@@ -229,19 +229,6 @@ def test_report_rejects_bad_rows_and_files(rows, tmp_path):
         report.load(tmp_path)
     with pytest.raises(ValueError, match="once each"):
         report.replace_block("no markers", "new")
-
-
-def test_roofline_of_the_published_head():
-    shape = GPU_SHAPES["Llama-3-8B head, 32k tokens"]
-    thv = shape.T * shape.D * shape.V
-    assert roofline.flops(shape, "forward") == 2 * thv
-    assert roofline.flops(shape, "forward_backward") == 6 * thv
-    assert roofline.flops(shape, "recompute") == 8 * thv
-    assert roofline.flops(shape, "forward_backward", rows=0.5) == 3 * thv
-    assert roofline.flops(shape, "forward_backward", active=0.5) == 4 * thv
-    h100 = next(card for card in roofline.GPUS if card.name.startswith("H100"))
-    # 49.7 ms is the best published forward at this shape on this card.
-    assert 0.85 * 49.7 < roofline.predicted_ms(shape, "forward", h100) < 1.15 * 49.7
 
 
 def test_rl_verdict():
