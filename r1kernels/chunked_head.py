@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from r1kernels.reference.token_logp import Logp
+from r1kernels.rows import beside
 
 # Logits kept per chunk, in MiB, unless the caller says: enough rows for GEMMs at full rate.
 DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 1280}
@@ -67,9 +68,34 @@ class Rows(NamedTuple):
     targets_T: Tensor
     temperature_T: Tensor | None
     prior_T: Tensor | None
+    # Where they stand among the `total` rows of the call; None: they are all of them.
+    place_T: Tensor | None = None
+    total: int | None = None
 
     def take(self, at: slice | Tensor) -> "Rows":
-        return Rows(*(None if x is None else x[at] for x in self))
+        found = Rows(*(x[at] if isinstance(x, Tensor) else x for x in self))
+        if self.place_T is None and isinstance(at, Tensor):
+            return found._replace(place_T=at, total=len(self.targets_T))
+        return found
+
+    def buffer(self, dtype: torch.dtype, zero: bool = False) -> Tensor:
+        """[total, D] for results of these rows, 0 where a row of the call is none of them."""
+        if self.place_T is not None:
+            return self.hidden_TD.new_zeros((self.total, self.hidden_TD.shape[1]), dtype=dtype)
+        new = self.hidden_TD.new_zeros if zero else self.hidden_TD.new_empty
+        return new(self.hidden_TD.shape, dtype=dtype)
+
+    def put(
+        self, out_TD: Tensor, at: slice, value_AD: Tensor, active: Tensor | None = None
+    ) -> None:
+        """Writes results of the rows `at`, or of `active` among them, to their places in `out`."""
+        where = None if self.place_T is None else self.place_T[at]
+        if active is not None:
+            where = at.start + active if where is None else where[active]
+        if where is None:
+            out_TD[at] = value_AD
+        else:
+            out_TD.index_copy_(0, where, value_AD.to(out_TD.dtype))
 
 
 class Gradients(NamedTuple):
@@ -90,7 +116,10 @@ class Gradients(NamedTuple):
         bias: bool,
         lora_RD: bool = False,
         lora_VR: bool = False,
+        weight_grad_VD: Tensor | None = None,
     ) -> "Gradients":
+        """Buffers of zeros; for the weight's, weight_grad_VD if given, whatever it holds."""
+
         def buffer(like: Tensor | None, wanted: bool) -> Tensor | None:
             return (
                 torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -100,7 +129,9 @@ class Gradients(NamedTuple):
 
         return cls(
             hidden,
-            buffer(head.weight_VD, weight),
+            weight_grad_VD
+            if weight and weight_grad_VD is not None
+            else buffer(head.weight_VD, weight),
             buffer(head.bias_V, bias),
             buffer(head.lora_RD, lora_RD),
             buffer(head.lora_VR, lora_VR),
@@ -194,8 +225,8 @@ def jacobian(
     """
     size = chunk_rows(chunk, head, workspace_mb)
     out = _empty_stats(rows, entropy)
-    jac_TD = rows.hidden_TD.new_empty(rows.hidden_TD.shape, dtype=torch.float32)
-    jac_entropy_TD = torch.empty_like(jac_TD) if entropy else None
+    jac_TD = rows.buffer(torch.float32)
+    jac_entropy_TD = rows.buffer(torch.float32) if entropy else None
     work = chunk(head, min(size, len(rows.targets_T)), entropy, entropy)
     grads = Gradients(True, None, None)
     for at in _slices(rows, size):
@@ -203,9 +234,9 @@ def jacobian(
         _write(out, at, stats)
         one = torch.ones(len(stats.logp), dtype=torch.float32, device=stats.logp.device)
         zero = torch.zeros_like(one)
-        jac_TD[at] = work.gradients(None, one, None, grads, last=not entropy)
+        rows.put(jac_TD, at, work.gradients(None, one, None, grads, last=not entropy))
         if entropy:
-            jac_entropy_TD[at] = work.gradients(None, zero, one, grads, last=True)
+            rows.put(jac_entropy_TD, at, work.gradients(None, zero, one, grads, last=True))
     return out, jac_TD, jac_entropy_TD
 
 
@@ -223,12 +254,10 @@ def backward(
 ) -> Tensor | None:
     """Gradients of all rows from known statistics; the logits are made again.
 
-    Adds to grads; returns dhidden in `dtype`, by default that of hidden.
+    Adds to grads; returns dhidden of all rows of the call in `dtype`, by default that of hidden.
     """
     size = chunk_rows(chunk, head, workspace_mb)
-    dhidden_TD = (
-        rows.hidden_TD.new_empty(rows.hidden_TD.shape, dtype=dtype) if grads.hidden else None
-    )
+    dhidden_TD = rows.buffer(dtype or rows.hidden_TD.dtype) if grads.hidden else None
     work = chunk(
         head, min(size, len(rows.targets_T)), stats.entropy is not None, dentropy_T is not None
     )
@@ -237,7 +266,7 @@ def backward(
         upstream = (None if x is None else x[at] for x in (dlogp_T, dentropy_T, dlse_T))
         dhidden_CD = work.backward(rows.take(at), part, *upstream, grads)
         if dhidden_TD is not None:
-            dhidden_TD[at] = dhidden_CD
+            rows.put(dhidden_TD, at, dhidden_CD)
     return dhidden_TD
 
 
@@ -265,6 +294,7 @@ def fused(
     coefficients: Coefficients,
     grads: Gradients,
     workspace_mb: int | None,
+    live: Tensor | None = None,
 ) -> tuple[Logp, Tensor | None]:
     """Statistics and gradients of the loss that `coefficients` differentiates.
 
@@ -272,7 +302,8 @@ def fused(
 
     `whole_batch`: a row's coefficient needs all rows. Then, unless they fit one chunk, a first pass
     takes the statistics and a second one makes the logits of the rows with a coefficient again.
-    Adds to grads; returns dhidden in `unscaled_dtype` of hidden's.
+    `live`: on the CPU, in order, the rows that may have a coefficient (None: all may).
+    Adds to grads; returns dhidden of all rows of the call in `unscaled_dtype` of hidden's.
     """
     size = chunk_rows(chunk, head, workspace_mb)
     total = len(rows.targets_T)
@@ -280,14 +311,13 @@ def fused(
         stats = forward(chunk, head, rows, entropy, workspace_mb)
         dlogp_T, dentropy_T = coefficients(slice(0, total), rounded(stats))
         return stats, _second_pass(
-            chunk, head, rows, stats, dlogp_T, dentropy_T, grads, workspace_mb
+            chunk, head, rows, stats, dlogp_T, dentropy_T, grads, workspace_mb, live
         )
 
     out = _empty_stats(rows, entropy)
     dtype = unscaled_dtype(rows.hidden_TD.dtype)
-    dhidden_TD = (
-        rows.hidden_TD.new_zeros(rows.hidden_TD.shape, dtype=dtype) if grads.hidden else None
-    )
+    dhidden_TD = rows.buffer(dtype, zero=True) if grads.hidden else None
+    live = None if live is None else _Live(live, rows.hidden_TD)
     work = chunk(head, min(size, total), entropy, entropy_grad)
     for at in _slices(rows, size):
         stats = work.forward(rows.take(at), keep=grads.any)
@@ -295,7 +325,7 @@ def fused(
         dlogp_C, dentropy_C = coefficients(at, rounded(stats))
         if not grads.any:
             continue
-        active = _active(dlogp_C, dentropy_C)
+        active = _active(dlogp_C, dentropy_C, None if live is None else live.among(at))
         if active is not None:
             dlogp_C, dentropy_C = (
                 dlogp_C[active],
@@ -305,7 +335,7 @@ def fused(
                 continue
         dhidden_CD = work.gradients(active, dlogp_C, dentropy_C, grads, last=True)
         if dhidden_TD is not None:
-            _put(dhidden_TD[at], active, dhidden_CD)
+            rows.put(dhidden_TD, at, dhidden_CD, active)
     return out, dhidden_TD
 
 
@@ -323,40 +353,49 @@ def _second_pass(
     dentropy_T: Tensor | None,
     grads: Gradients,
     workspace_mb: int | None,
+    live: Tensor | None,
 ) -> Tensor | None:
     if not grads.any:
         return None
-    active = _active(dlogp_T, dentropy_T)
+    known = None if live is None else beside(live, rows.hidden_TD)
+    active = _active(dlogp_T, dentropy_T, known)
     rest = grads, workspace_mb, unscaled_dtype(rows.hidden_TD.dtype)
     if active is None:
         return backward(chunk, head, rows, stats, dlogp_T, dentropy_T, None, *rest)
     part = Logp(*(None if x is None else x[active] for x in stats))
     dentropy_A = None if dentropy_T is None else dentropy_T[active]
-    dhidden_AD = backward(
-        chunk, head, rows.take(active), part, dlogp_T[active], dentropy_A, None, *rest
-    )
-    if dhidden_AD is None:
-        return None
-    return dhidden_AD.new_zeros(rows.hidden_TD.shape).index_copy_(0, active, dhidden_AD)
+    return backward(chunk, head, rows.take(active), part, dlogp_T[active], dentropy_A, None, *rest)
 
 
-def _active(dlogp_C: Tensor, dentropy_C: Tensor | None) -> Tensor | None:
-    """Rows with a coefficient; None for all: when nearly all have one, and on a GPU, where to look
-    would stop the host."""
-    if dlogp_C.device.type != "cpu":
-        return None
-    has = dlogp_C != 0
-    if dentropy_C is not None:
-        has |= dentropy_C != 0
-    active = has.nonzero().squeeze(1)
-    return active if len(active) < COMPACT_BELOW * len(has) else None
+class _Live:
+    """Rows that may have a coefficient, as the host knows them and as the device does."""
+
+    def __init__(self, live: Tensor, like: Tensor):
+        self.host, self.there = live, beside(live, like)
+
+    def among(self, at: slice) -> Tensor:
+        """Those of a chunk, counted from its start."""
+        first, last = torch.searchsorted(self.host, torch.tensor([at.start, at.stop])).tolist()
+        return self.there[first:last] - at.start
 
 
-def _put(out_CD: Tensor, active: Tensor | None, value: Tensor) -> None:
-    if active is None:
-        out_CD.copy_(value)
-    else:
-        out_CD.index_copy_(0, active, value.to(out_CD.dtype))
+def looks_free(device: torch.device) -> bool:
+    """Whether values on this device can be looked at without stopping the host."""
+    return device.type == "cpu"
+
+
+def _active(dlogp_C: Tensor, dentropy_C: Tensor | None, known: Tensor | None) -> Tensor | None:
+    """Rows with a coefficient; None for all, and when nearly all have one.
+
+    On a GPU those that the host knows (`known`): to look would stop it.
+    """
+    active = known
+    if looks_free(dlogp_C.device):
+        has = dlogp_C != 0
+        if dentropy_C is not None:
+            has |= dentropy_C != 0
+        active = has.nonzero().squeeze(1)
+    return active if active is not None and len(active) < COMPACT_BELOW * len(dlogp_C) else None
 
 
 def _slices(rows: Rows, size: int) -> list[slice]:

@@ -7,9 +7,23 @@ import torch
 from torch import Tensor
 
 from r1kernels.backend import implementation
-from r1kernels.check import describe, device, dtype_in, local, shape
+from r1kernels.check import (
+    describe,
+    device,
+    dtype_in,
+    local,
+    shape,
+)
 from r1kernels.chunked_head import Head, HeadChunk, Rows
-from r1kernels.rows import DTYPES, check_targets, counted_rows, per_row, positive, scaling
+from r1kernels.rows import (
+    DTYPES,
+    beside,
+    check_targets,
+    counted_rows,
+    per_row,
+    positive,
+    scaling,
+)
 
 
 class HeadInputs(NamedTuple):
@@ -23,6 +37,7 @@ class HeadInputs(NamedTuple):
     lora_VR: Tensor | None
     temperature_T: Tensor | None
     prior_T: Tensor | None
+    weight_grad_VD: Tensor | None
     softcap: float
     logit_scale: float
     lora_scale: float
@@ -36,8 +51,8 @@ class HeadInputs(NamedTuple):
         """Which of `trained` need gradients in a call made now."""
         return [x is not None and torch.is_grad_enabled() and x.requires_grad for x in self.trained]
 
-    def start(self) -> tuple[type[HeadChunk], Head, Rows, Tensor | None]:
-        """The backend's work, the head, the rows that count and their indices (None: all)."""
+    def start(self, counted_T: Tensor | None = None, count: int | None = None) -> "Work":
+        """What a path of `chunked_head` starts from; a backward knows which rows count."""
         # A float32 master weight meets 16-bit hidden states as a copy in their dtype.
         weight_VD, lora_VR = (
             None if x is None else x.to(self.hidden_TD.dtype)
@@ -55,16 +70,34 @@ class HeadInputs(NamedTuple):
             lora_VR,
             self.lora_scale,
         )
-        at = counted_rows(self.targets_T, self.weight_VD.shape[0], self.temperature_T)
-        rows = Rows(self.hidden_TD, self.targets_T, self.temperature_T, self.prior_T)
-        return run.HeadChunk, head, rows if at is None else rows.take(at), at
+        temperature_T = self.temperature_T
+        if counted_T is None:
+            counted_T, count, temperature_T = counted_rows(
+                self.targets_T, weight_VD.shape[0], temperature_T
+            )
+            counted_T = beside(counted_T, self.hidden_TD)
+        targets_T = beside(self.targets_T, self.hidden_TD)
+        rows = Rows(self.hidden_TD, targets_T, temperature_T, self.prior_T)
+        if count < len(targets_T):
+            rows = rows.take(torch.nonzero_static(counted_T, size=count).squeeze(1))
+        return Work(run.HeadChunk, head, rows, counted_T, count)
+
+
+class Work(NamedTuple):
+    """A backend's class, the head, the rows that count, and which of the call's and how many."""
+
+    chunk: type[HeadChunk]
+    head: Head
+    rows: Rows
+    counted_T: Tensor
+    count: int
 
 
 # Of HeadInputs in an op's schema.
 SCHEMA = (
     "Tensor hidden_TD, Tensor weight_VD, Tensor targets_T, Tensor? bias_V, Tensor? lora_RD, "
-    "Tensor? lora_VR, Tensor? temperature_T, Tensor? prior_T, float softcap, float logit_scale, "
-    "float lora_scale"
+    "Tensor? lora_VR, Tensor? temperature_T, Tensor? prior_T, Tensor? weight_grad_VD, "
+    "float softcap, float logit_scale, float lora_scale"
 )
 COUNT = len(HeadInputs._fields)
 # The tensors come first.
@@ -95,6 +128,7 @@ def head_inputs(
     logit_scale: object,
     prior: object,
     workspace_mb: object,
+    weight_grad: object,
 ) -> HeadInputs:
     """The arguments of a call on a linear head, checked, the leading shape made one axis.
 
@@ -125,8 +159,18 @@ def head_inputs(
     lora_RD, lora_VR, lora_scale = (
         (None, None, 1.0) if lora is None else _lora(lora, hidden, weight)
     )
+    if weight_grad is not None:
+        dtype_in("weight_grad", weight_grad, (torch.float32,))
+        shape("weight_grad", weight_grad, weight.shape, "that of the weight")
+        device("weight_grad", weight_grad, hidden.device)
+        if not weight_grad.is_contiguous() or weight_grad.requires_grad or not weight.requires_grad:
+            raise ValueError(
+                "weight_grad must be contiguous and take no gradient itself, and weight must "
+                f"require one, got strides {weight_grad.stride()}, weight_grad.requires_grad="
+                f"{weight_grad.requires_grad}, weight.requires_grad={weight.requires_grad}"
+            )
     leading = hidden.shape[:-1]
-    check_targets(targets, leading, hidden)
+    check_targets(targets, leading, hidden, host=True)
     options = scaling(temperature, softcap, logit_scale, leading, hidden)
     return HeadInputs(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -137,6 +181,7 @@ def head_inputs(
         lora_VR,
         options.temperature_T,
         per_row("prior", prior, leading, hidden),
+        weight_grad,
         options.softcap,
         options.logit_scale,
         lora_scale,

@@ -20,6 +20,7 @@ def linear_logp(
     entropy: bool = False,
     prior: Tensor | None = None,
     workspace_mb: int | None = None,
+    weight_grad: Tensor | None = None,
 ) -> Logp:
     """`logp = l[target] - logsumexp(l)` of the logits of a linear head.
 
@@ -56,8 +57,9 @@ def linear_logp(
     Source: docs/ops/linear_logp.md.
     """
     call = head_inputs(
-        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior, workspace_mb
-    )
+        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
+        workspace_mb, weight_grad,
+    )  # fmt: skip
     needs_hidden, *needs_head = call.wants()
     frozen = needs_hidden and not any(needs_head)
     logp_T, entropy_T, lse_T, *_ = linear_logp_fwd(*call, entropy, frozen, workspace_mb)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from r1kernels import chunked_head
 from r1kernels.backend import isolated
-from r1kernels.check import describe, no_second_derivative
+from r1kernels.check import describe
 from r1kernels.chunked_head import Gradients
+from r1kernels.forward_gradients import keep, upstream
 from r1kernels.head_inputs import HeadInputs, gradients, head_inputs, split
 from r1kernels.reference.token_logp import Logp
-from r1kernels.rows import spread
 
 # fn(logp, entropy | None, rows) -> per-token loss
 TokenLoss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
@@ -31,6 +31,7 @@ def linear_loss(
     entropy: bool = False,
     prior: Tensor | None = None,
     workspace_mb: int | None = None,
+    weight_grad: Tensor | None = None,
 ) -> Tensor:
     """Sum over tokens of `fn(logp, entropy, rows)`, at the cost of three GEMMs.
 
@@ -50,8 +51,9 @@ def linear_loss(
     Raises: ValueError when fn returns another shape; otherwise as `linear_logp`.
     """
     call = head_inputs(
-        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior, workspace_mb
-    )
+        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
+        workspace_mb, weight_grad,
+    )  # fmt: skip
     # Asked here: inside, gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
     return _LinearLoss.apply(*call, fn, entropy, call.wants(), workspace_mb)
 
@@ -62,9 +64,10 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx, *args):
         call, (fn, entropy, needs, workspace_mb) = split(args)
         call = HeadInputs(*(x.detach() if isinstance(x, Tensor) else x for x in call))
-        chunk, head, rows, at = call.start()
-        total_rows = len(call.targets_T)
-        index = torch.arange(total_rows, device=call.targets_T.device) if at is None else at
+        chunk, head, rows, counted_T, _ = call.start()
+        index = rows.place_T
+        if index is None:
+            index = torch.arange(len(counted_T), device=counted_T.device)
         loss = call.hidden_TD.new_zeros((), dtype=torch.float64)
 
         def coefficients(part: slice, stats: Logp) -> tuple[Tensor, Tensor | None]:
@@ -101,17 +104,9 @@ class _LinearLoss(torch.autograd.Function):
         _, dhidden_TD = chunked_head.fused(
             chunk, head, rows, entropy, entropy, False, coefficients, grads, workspace_mb
         )
-        dhidden_TD = None if dhidden_TD is None else spread(dhidden_TD, at, total_rows)
-        ctx.save_for_backward(dhidden_TD, *grads.of_head)
-        ctx.dtypes = [None if x is None else x.dtype for x in call.trained]
+        keep(ctx, call, needs, (dhidden_TD, *grads.of_head))
         return loss.float()
 
     @staticmethod
     def backward(ctx, dloss):
-        no_second_derivative("linear_loss")
-        unscaled = dloss.device.type == "cpu" and dloss.item() == 1.0
-        found = (
-            None if x is None else (x if unscaled else x * dloss).to(dtype)
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *gradients(*found), None, None, None, None
+        return *gradients(*upstream("linear_loss", ctx, dloss)), None, None, None, None

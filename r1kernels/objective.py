@@ -152,6 +152,11 @@ class PolicyObjective:
         return "sequence" if self._reads_sequences else "token"
 
     @property
+    def idle_without_advantage(self) -> bool:
+        """Whether a token (at sequence level: a sequence) of advantage 0 has no coefficient."""
+        return self.surrogate != "mirror_descent" and self.kl_coef == 0 and self.entropy_coef == 0
+
+    @property
     def needs_sequences(self) -> bool:
         """Whether a call must know which sequence a token belongs to."""
         return self._reads_sequences or self.aggregation != "token_mean"

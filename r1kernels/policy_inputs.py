@@ -122,6 +122,36 @@ def prepare(
     )
 
 
+def live_rows(
+    objective: PolicyObjective, shape: torch.Size, advantages: object, cu_seqlens: object
+) -> Tensor | None:
+    """Tokens that may have a coefficient, bool [T] on the CPU, from what the host knows.
+
+    None where it knows nothing: advantages or their cu_seqlens on a device, or an objective in
+    which an advantage of 0 is not enough. Looks at arguments that `prepare` has yet to check.
+    """
+    known = [x for x in (advantages, cu_seqlens) if x is not None]
+    if not all(isinstance(x, Tensor) and x.device.type == "cpu" for x in known):
+        return None
+    if not isinstance(objective, PolicyObjective) or not objective.idle_without_advantage:
+        return None
+    T = shape.numel()
+    sequence_T, count = None, 1
+    if len(shape) == 2:
+        sequence_T, count = torch.arange(T) // max(shape[1], 1), shape[0]
+    elif cu_seqlens is not None:
+        sequence_T, count = sequence_index(cu_seqlens, T), cu_seqlens.shape[0] - 1
+    live = advantages != 0
+    if live.shape != shape:
+        if sequence_T is None or live.shape != (count,):
+            return None
+        live = live[sequence_T]
+    live_T = live.reshape(-1)
+    if objective.ratio_level == "sequence":
+        live_T = spread_sum(live_T, sequence_T, count) > 0
+    return live_T
+
+
 def aggregation_weights(
     objective: PolicyObjective,
     mask_T: Tensor,

@@ -19,11 +19,13 @@ class Scaling(NamedTuple):
     logit_scale: float
 
 
-def check_targets(targets: object, leading: torch.Size, like: Tensor) -> None:
-    """Raises: TypeError unless int64, ValueError on another shape or device."""
+def check_targets(targets: object, leading: torch.Size, like: Tensor, host: bool = False) -> None:
+    """Raises: TypeError unless int64, ValueError on another shape or device (`host`: the CPU is
+    fine)."""
     dtype_in("targets", targets, (torch.int64,))
     shape("targets", targets, leading, "the leading shape of the rows")
-    device("targets", targets, like.device)
+    if not (host and targets.device.type == "cpu"):
+        device("targets", targets, like.device)
 
 
 def scaling(
@@ -46,6 +48,7 @@ def scaling(
         )
         return Scaling(rows, softcap, logit_scale)
     shape("temperature", temperature, leading, "one per token, or a float")
+    temperature = beside(temperature, like)
     device("temperature", temperature, like.device)
     return Scaling(temperature.detach().reshape(-1).float().contiguous(), softcap, logit_scale)
 
@@ -59,18 +62,33 @@ def positive(name: str, value: object) -> float:
     return float(value)
 
 
+def beside(x: Tensor, like: Tensor) -> Tensor:
+    """x, or a CPU tensor's copy on like's device, for which the host does not wait."""
+    if x.device == like.device or x.device.type != "cpu":
+        return x
+    if like.is_cuda and torch.cuda.is_available():
+        x = x.pin_memory()
+    return like.new_empty(x.shape, dtype=x.dtype).copy_(x, non_blocking=True)
+
+
 def per_row(name: str, x: object, leading: torch.Size, like: Tensor) -> Tensor | None:
-    """A tensor of one number per row, flattened, or None."""
+    """A tensor of one number per row, flattened, on like's device; or None."""
     if x is None:
         return None
     tensor(name, x)
     shape(name, x, leading, "one per token")
+    x = beside(x, like)
     device(name, x, like.device)
     return x.detach().reshape(-1)
 
 
-def counted_rows(targets_T: Tensor, vocab: int, temperature_T: Tensor | None) -> Tensor | None:
-    """Indices of the rows to compute; None for all. Only here does a call read from the device.
+def counted_rows(
+    targets_T: Tensor, vocab: int, temperature_T: Tensor | None
+) -> tuple[Tensor, int, Tensor | None]:
+    """Which rows to compute (bool, with the targets), how many, and the temperatures.
+
+    The one read from the device of a call, and none where the targets are on the CPU. A temperature
+    elsewhere than they are is not looked at; a bad one becomes NaN.
 
     Raises: ValueError on a target outside [0, vocab) that is not IGNORE, on a temperature that is
         not positive and finite.
@@ -79,8 +97,12 @@ def counted_rows(targets_T: Tensor, vocab: int, temperature_T: Tensor | None) ->
     bad_T = keep_T & ((targets_T < 0) | (targets_T >= vocab))
     counts = [keep_T.sum(), bad_T.sum()]
     if temperature_T is not None:
-        cold_T = keep_T & ~((temperature_T > 0) & (temperature_T < torch.inf))
-        counts.append(cold_T.sum())
+        fine_T = (temperature_T > 0) & (temperature_T < torch.inf)
+        if temperature_T.device == targets_T.device:
+            cold_T = keep_T & ~fine_T
+            counts.append(cold_T.sum())
+        else:
+            temperature_T = torch.where(fine_T, temperature_T, torch.nan)
     kept, bad, *cold = torch.stack(counts).tolist()
     if bad:
         at = int(bad_T.nonzero()[0])
@@ -93,7 +115,7 @@ def counted_rows(targets_T: Tensor, vocab: int, temperature_T: Tensor | None) ->
         raise ValueError(
             f"temperature[{at}] is {float(temperature_T[at])}: a temperature is positive and finite"
         )
-    return None if kept == len(targets_T) else torch.nonzero_static(keep_T, size=kept).squeeze(1)
+    return keep_T, kept, temperature_T
 
 
 def spread(x_A: Tensor, rows: Tensor | None, total: int) -> Tensor:

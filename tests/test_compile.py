@@ -6,6 +6,7 @@ import torch
 import r1kernels
 from r1kernels import PolicyObjective
 from r1kernels.linear_logp_ops import linear_logp_fwd
+from r1kernels.linear_policy_loss_ops import linear_policy_loss_fwd
 from r1kernels.token_logp import token_logp_fwd
 
 TARGETS = torch.tensor([3, -100, 16, 0, 7])
@@ -63,6 +64,12 @@ def run_group_advantages(rewards):
     ).sum()
 
 
+def run_weight_grad(hidden, weight):
+    """The buffer is read after the backward, which the caller runs: `backward` does."""
+    return r1kernels.linear_logp(hidden, weight, TARGETS, weight_grad=BUFFER).logp.sum()
+
+
+BUFFER = torch.zeros(17, 8)
 CALLS = {
     "token_logp": (run_token_logp, lambda: (logits(),)),
     "linear_logp": (run_linear_logp, head),
@@ -86,6 +93,19 @@ def test_fullgraph(name):
         assert torch.equal(a, b)
 
 
+def test_weight_gradient_of_a_compiled_call_goes_into_the_buffer():
+    hidden, weight = head()
+    found = []
+    for fn in (
+        run_weight_grad,
+        torch.compile(run_weight_grad, fullgraph=True, backend="aot_eager"),
+    ):
+        BUFFER.zero_()
+        fn(hidden, weight).backward()
+        found.append(BUFFER.clone())
+    assert weight.grad is None and found[0].any() and torch.equal(*found)
+
+
 def op_arguments():
     hidden, weight = head()
     temperature = torch.rand(5) + 0.5
@@ -95,20 +115,20 @@ def op_arguments():
             linear_logp_fwd,
             (
                 hidden, weight, TARGETS, torch.randn(17, requires_grad=True), None, None,
-                temperature, None, 0.0, 1.0, 1.0, True, False, None,
+                temperature, None, None, 0.0, 1.0, 1.0, True, False, None,
             ),
         ),
         "linear_logp frozen": (
             linear_logp_fwd,
             (
-                hidden, weight.detach(), TARGETS, None, *lora(), None, -torch.rand(5), 5.0, 1.0,
-                2.0, True, True, None,
+                hidden, weight.detach(), TARGETS, None, *lora(), None, -torch.rand(5), None, 5.0,
+                1.0, 2.0, True, True, None,
             ),
         ),
         "linear_policy_loss": (
-            torch.ops.r1kernels.linear_policy_loss_fwd.default,
+            linear_policy_loss_fwd,
             (
-                hidden, weight, TARGETS, None, *lora(True), None, None, 0.0, 1.0, 0.5,
+                hidden, weight, TARGETS, None, *lora(True), None, None, None, 0.0, 1.0, 0.5, None,
                 torch.randn(5), -torch.rand(5), None, None, torch.rand(5), None, 1,
                 PolicyObjective.dapo().spec, False, [True, True, False, True, True], None,
             ),

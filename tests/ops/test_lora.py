@@ -181,7 +181,9 @@ def test_frozen_weight_has_no_gradient_buffer(backend, monkeypatch):
     buffers = []
     zeros = Gradients.zeros
     monkeypatch.setattr(
-        Gradients, "zeros", lambda *given: buffers.append(zeros(*given)) or buffers[-1]
+        Gradients,
+        "zeros",
+        lambda *given, **more: buffers.append(zeros(*given, **more)) or buffers[-1],
     )
     case, down, up = draw(backend, 1, "plain", torch.float32)
     given = leaves(case, down, up, TRAINED["lora"])
