@@ -90,7 +90,9 @@ def isolated(body: Callable) -> Callable:
         with contextlib.ExitStack() as stack:
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))
-            if torch.is_autocast_enabled(device.type):
+            if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(
+                device.type
+            ):
                 stack.enter_context(torch.autocast(device.type, enabled=False))
             return body(*args)
 

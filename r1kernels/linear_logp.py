@@ -34,7 +34,9 @@ def linear_logp(
         weight: [V, D] on hidden's device, of its dtype; or float32, a master weight that meets
             16-bit hidden states as a copy in their dtype and gets its gradient in float32.
         targets: [...] int64 in [0, V), or IGNORE (-100): results 0, no gradient, the row enters no
-            product.
+            product. Beside hidden; or on the CPU: then the host waits for nothing (else it reads
+            once, in the forward, how many rows count). Temperature and prior may be there too; a
+            temperature beside hidden is then not looked at, and a bad one makes its row NaN.
         bias: [V], of hidden's dtype or float32, or None.
         lora: (A [R, D], B [V, R], scale), a low-rank term of the weight, of hidden's dtype or
             float32; or None. PEFT's lora_A.weight, lora_B.weight and scaling.
@@ -45,6 +47,9 @@ def linear_logp(
         prior: [...] an earlier log-probability of the targets (the sampler's, the old policy's).
             Any value is safe; a close one spares a GPU the redo of its row.
         workspace_mb: MiB for the logits of a chunk; default 256 on the CPU, 1280 on a GPU.
+        weight_grad: [V, D] float32, contiguous, such as a float32 `weight.grad` or Megatron's
+            `main_grad`: the backward adds the weight's gradient to it, unrounded and without a
+            buffer of its own, and autograd gives weight none.
 
     Returns:
         Logp(logp, entropy | None, lse): [...] float32, in nats. Gradients flow to hidden, weight,

@@ -43,7 +43,8 @@ def linear_loss(
         fn: (logp [n] float32, entropy [n] float32 or None, rows [n] int64) -> [n] losses, with rows
             the indices into the flattened leading shape. Tensors that it closes over get no
             gradient.
-        The rest as `linear_logp`. Rows with target IGNORE (-100) are never seen by `fn`.
+        The rest as `linear_logp`, weight_grad as `linear_policy_loss`. Rows with target IGNORE
+            (-100) are never seen by `fn`.
 
     Returns:
         The sum, 0-d float32. Gradients flow to hidden, weight, bias, A and B, once.

@@ -44,10 +44,16 @@ def linear_policy_loss(
     take a second pass, over the rows with a coefficient, unless all rows fit one chunk. Rows that
     do not count enter no GEMM; on the CPU, rows without a coefficient only the first.
 
+    On a GPU that takes tensors on the CPU. With targets, mask and weights there, the host waits for
+    nothing; with advantages (and cu_seqlens) there too, rows of advantage 0 enter only GEMM 1,
+    unless the objective has a KL or entropy term or is mirror descent: their logp is returned and
+    they count in the metrics as ever. The other streams may lie on either side.
+
     Args:
         hidden: packed [T, D] or padded [B, S, D], float32, bfloat16 or float16.
         weight, targets, bias, lora, temperature, softcap, logit_scale, workspace_mb: as
             `linear_logp`.
+        weight_grad: as `linear_logp`, in one scaled addition of the gradient made in the forward.
         advantages, objective, logp_old, logp_ref, logp_sampler, mask, weights, cu_seqlens,
             normalizer: as `policy_loss`.
         entropy: fill metrics["entropy"] even where the objective does not need it.
@@ -58,7 +64,8 @@ def linear_policy_loss(
         PolicyLoss(loss, logp, metrics): loss 0-d float32; logp like targets, detached; metrics as
             `policy_loss`.
 
-    Gradients: hidden, weight, bias, A and B, once.
+    Gradients: hidden, weight, bias, A and B, once: they are made in the forward and scaled in place
+    by the backward, so a second backward raises RuntimeError.
     Numerics: as `linear_logp` and `policy_loss`. Deterministic.
     Raises: ValueError and TypeError as both.
     Source: docs/ops/linear_logp.md.
