@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from r1kernels._triton import head_kernels as head
+from r1kernels._triton import product_kernels as product
 from r1kernels._triton import target_kernels as target
 from r1kernels._triton import token_logp as token
 from r1kernels._triton.common import INTERPRETED
@@ -52,6 +53,8 @@ PARAMETERS = {
     "bias_ptr": "*x",
     "logits_ptr": "*x",
     "out_ptr": "*o",
+    "left_ptr": "*x",
+    "right_ptr": "*x",
     "sums_ptr": "*fp64",
     "targets_ptr": "*i64",
     "order_ptr": "*i64",
@@ -116,6 +119,12 @@ def builds(arch: int) -> Iterator[Build]:
                 yield Build(
                     module.__name__, kernel, arch, x, out, {**blocks, **flags}, options, aligned
                 )
+        blocks = product.tiles(dtype, aligned)
+        options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+        blocks["GROUP_C"] = product.GROUP_C
+        yield Build(
+            product.__name__, "_add_product_kernel", arch, x, "fp32", blocks, options, aligned
+        )
         for mode in MODES:
             yield from _head_builds(arch, dtype, mode, aligned)
     blocks = {"BLOCK_C": head.BLOCK_REDUCE, "BLOCK_TILES": head.BLOCK_REDUCE}

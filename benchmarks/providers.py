@@ -78,6 +78,23 @@ def _ours(backend: str) -> Callable:
     return make
 
 
+def _invariant(make: Callable) -> Callable:
+    """The same under batch_invariant."""
+
+    def make_invariant(problem: dict, mode: str) -> Callable:
+        import r1kernels
+
+        plain = make(problem, mode)
+
+        def run() -> Result:
+            with r1kernels.batch_invariant():
+                return plain()
+
+        return run
+
+    return make_invariant
+
+
 def chunk_rows(weight_VD: torch.Tensor) -> int | None:
     """Rows of our default backend's chunks: the floor multiplies the same ones.
 
@@ -230,6 +247,18 @@ PROVIDERS = {
             note="bare GEMMs, all rows at once",
         ),
         _ours_provider("native", ("cpu",)),
+        Provider(
+            "native_invariant",
+            _invariant(_ours("native")),
+            "native",
+            "r1kernels",
+            modes=("forward", "forward_backward"),
+            suites=("cpu",),
+            family="native",
+            slowness=1.2,
+            is_ours=True,
+            note="under batch_invariant",
+        ),
         _ours_provider("triton", ("gpu",)),
         _ours_provider("cuda", ("gpu",)),
         _ours_provider("reference", ()),

@@ -6,6 +6,7 @@ LABELS = {
     "floor": "bare GEMMs",
     "floor_whole": "bare GEMMs, unchunked",
     "native": "r1kernels",
+    "native_invariant": "r1kernels, batch invariant",
     "triton": "r1kernels, Triton",
     "cuda": "r1kernels, CUDA",
     "reference": "r1kernels reference",

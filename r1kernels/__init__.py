@@ -5,7 +5,7 @@ installed and a GPU is there.
 """
 
 from r1kernels.advantages import group_advantages
-from r1kernels.backend import use_backend
+from r1kernels.backend import batch_invariant, use_backend
 from r1kernels.check import IGNORE
 from r1kernels.linear_logp import linear_logp
 from r1kernels.linear_loss import linear_loss
@@ -25,6 +25,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyObjective",
     "__version__",
+    "batch_invariant",
     "group_advantages",
     "linear_logp",
     "linear_loss",

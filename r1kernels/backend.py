@@ -2,8 +2,7 @@
 
 An implementation is the module `r1kernels.<folder>.<op>`; its `refuses(...)` says why it cannot
 take a call, or None. The choice is made inside the custom ops, so `torch.compile` sees one node.
-The override is process-wide and not a ContextVar, because autograd runs the backward of CUDA
-tensors on threads of its own.
+`use_backend` and `batch_invariant` are process-wide.
 """
 
 import contextlib
@@ -11,7 +10,9 @@ import functools
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -22,7 +23,37 @@ OPS = ("token_logp", "linear_logp")
 
 _log = logging.getLogger("r1kernels")
 _told: set[tuple[str, str, str]] = set()
-_override: str | None = os.environ.get("R1KERNELS_BACKEND") or None
+
+
+class _Switch:
+    """A process-wide setting with blocks that override it, the one entered last in force.
+
+    Not a ContextVar: autograd runs the backward of CUDA tensors on threads of its own. Each block
+    takes its own entry off again, so blocks of several threads may end in any order.
+    """
+
+    def __init__(self, default: object):
+        self.entries = [[default]]
+        self.lock = threading.Lock()
+
+    @property
+    def value(self) -> object:
+        return self.entries[-1][0]
+
+    @contextlib.contextmanager
+    def set(self, value: object) -> Iterator[None]:
+        entry = [value]
+        with self.lock:
+            self.entries.append(entry)
+        try:
+            yield
+        finally:
+            with self.lock:  # by identity: equal values may come from several blocks
+                self.entries[:] = [x for x in self.entries if x is not entry]
+
+
+_backend = _Switch(os.environ.get("R1KERNELS_BACKEND") or None)
+_invariant = _Switch(False)
 
 
 @functools.cache
@@ -45,7 +76,7 @@ def implementation(op: str, device_type: str, *args: object) -> ModuleType:
 
     Raises: RuntimeError with every reason when a backend was asked for by name and refuses.
     """
-    wanted = _checked(_override)
+    wanted = _checked(_backend.value)
     reasons = {}
     for name in (wanted,) if wanted else ORDER.get(device_type, ("reference",)):
         reason = refusal(op, name, *args)
@@ -61,20 +92,36 @@ def implementation(op: str, device_type: str, *args: object) -> ModuleType:
     )
 
 
-@contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
+def use_backend(name: str | None) -> AbstractContextManager[None]:
     """Within the block every op runs on backend `name`, or raises with the reason why it cannot.
 
-    None restores the choice by device.
+    None restores the choice by device. In force for the whole process.
 
     Raises: ValueError on an unknown name.
     """
-    global _override
-    before, _override = _override, _checked(name)
-    try:
-        yield
-    finally:
-        _override = before
+    return _backend.set(_checked(name))
+
+
+def batch_invariant(enabled: bool = True) -> AbstractContextManager[None]:
+    """Within the block a row's results do not depend, bitwise, on the rows beside it.
+
+    Holds for logp, entropy, lse and dhidden of `token_logp` and `linear_logp`, and for the logp,
+    and dhidden at a given coefficient, of `linear_policy_loss` and `linear_loss`: the number of
+    rows, a row's place, its neighbours' values and the masking of others change nothing, nor does
+    the number of CPU threads. Weight and bias gradients are sums over rows, as are losses and
+    metrics, and cannot be invariant. In force for the whole process; the block has to enclose the
+    backward. Costs: the CPU pads chunks to multiples of 64 rows; a GPU makes dhidden by a Triton
+    GEMM of fixed tiles; objectives over sequences always take two passes. The `reference` backend
+    makes no such promise and refuses.
+
+    Raises: RuntimeError in the op, on a machine whose matrix product does not treat rows alike.
+    """
+    return _invariant.set(bool(enabled))
+
+
+def is_batch_invariant() -> bool:
+    """Whether a `batch_invariant` block is in force."""
+    return _invariant.value
 
 
 def isolated(body: Callable) -> Callable:

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from r1kernels.backend import is_batch_invariant
+from r1kernels.padded_chunk import PaddedChunk
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import beside
 
@@ -19,6 +21,8 @@ from r1kernels.rows import beside
 DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 1280}
 # Copying the rows that have a coefficient pays once this share of a chunk has none.
 COMPACT_BELOW = 0.9
+# Most rows of a padded chunk.
+INVARIANT_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +164,10 @@ class HeadChunk(Protocol):
     def bytes_per_row(head: Head) -> int:
         """Workspace of one kept row."""
 
+    @staticmethod
+    def block_rows() -> int:
+        """Under `batch_invariant` a chunk has a multiple of as many rows; 1: any number will do."""
+
     def forward(self, rows: Rows, keep: bool) -> Logp:
         """GEMM 1 and the row statistics, [C] float64: their low bits matter to a gradient.
 
@@ -200,7 +208,20 @@ def chunk_rows(chunk: type[HeadChunk], head: Head, workspace_mb: int | None) -> 
     mb = workspace_mb or DEFAULT_WORKSPACE_MB.get(
         head.weight_VD.device.type, DEFAULT_WORKSPACE_MB["cpu"]
     )
-    return max(16, mb * 2**20 // chunk.bytes_per_row(head))
+    size = max(16, mb * 2**20 // chunk.bytes_per_row(head))
+    block = chunk.block_rows() if is_batch_invariant() else 1
+    if block == 1:
+        return size
+    # Few distinct sizes, since each is put to the test once.
+    return max(1, min(size, INVARIANT_ROWS) // block) * block
+
+
+def _start(
+    chunk: type[HeadChunk], head: Head, rows: int, entropy: bool, entropy_grad: bool
+) -> HeadChunk:
+    if is_batch_invariant() and chunk.block_rows() > 1:
+        return PaddedChunk(chunk, chunk.block_rows(), head, rows, entropy, entropy_grad)
+    return chunk(head, rows, entropy, entropy_grad)
 
 
 def forward(
@@ -209,7 +230,7 @@ def forward(
     """Statistics of all rows; nothing is kept."""
     size = chunk_rows(chunk, head, workspace_mb)
     out = _empty_stats(rows, entropy)
-    work = chunk(head, min(size, len(rows.targets_T)), entropy, False)
+    work = _start(chunk, head, min(size, len(rows.targets_T)), entropy, False)
     for at in _slices(rows, size):
         _write(out, at, work.forward(rows.take(at), keep=False))
     return out
@@ -227,7 +248,7 @@ def jacobian(
     out = _empty_stats(rows, entropy)
     jac_TD = rows.buffer(torch.float32)
     jac_entropy_TD = rows.buffer(torch.float32) if entropy else None
-    work = chunk(head, min(size, len(rows.targets_T)), entropy, entropy)
+    work = _start(chunk, head, min(size, len(rows.targets_T)), entropy, entropy)
     grads = Gradients(True, None, None)
     for at in _slices(rows, size):
         stats = work.forward(rows.take(at), keep=True)
@@ -258,8 +279,12 @@ def backward(
     """
     size = chunk_rows(chunk, head, workspace_mb)
     dhidden_TD = rows.buffer(dtype or rows.hidden_TD.dtype) if grads.hidden else None
-    work = chunk(
-        head, min(size, len(rows.targets_T)), stats.entropy is not None, dentropy_T is not None
+    work = _start(
+        chunk,
+        head,
+        min(size, len(rows.targets_T)),
+        stats.entropy is not None,
+        dentropy_T is not None,
     )
     for at in _slices(rows, size):
         part = Logp(*(None if x is None else x[at] for x in stats))
@@ -307,7 +332,8 @@ def fused(
     """
     size = chunk_rows(chunk, head, workspace_mb)
     total = len(rows.targets_T)
-    if whole_batch and total > size:
+    # Another path for another number of rows would give a row other bits.
+    if whole_batch and (total > size or is_batch_invariant()):
         stats = forward(chunk, head, rows, entropy, workspace_mb)
         dlogp_T, dentropy_T = coefficients(slice(0, total), rounded(stats))
         return stats, _second_pass(
@@ -318,7 +344,7 @@ def fused(
     dtype = unscaled_dtype(rows.hidden_TD.dtype)
     dhidden_TD = rows.buffer(dtype, zero=True) if grads.hidden else None
     live = None if live is None else _Live(live, rows.hidden_TD)
-    work = chunk(head, min(size, total), entropy, entropy_grad)
+    work = _start(chunk, head, min(size, total), entropy, entropy_grad)
     for at in _slices(rows, size):
         stats = work.forward(rows.take(at), keep=grads.any)
         _write(out, at, stats)

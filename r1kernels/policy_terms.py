@@ -113,7 +113,8 @@ def policy_terms(objective: PolicyObjective, logp_T: Tensor, inputs: PolicyInput
     elif objective.surrogate == "sapo":
         positive, negative = objective.sapo_temperature
         heat_T = torch.where(advantages_T > 0, positive, negative).to(dtype)
-        gate_T = torch.sigmoid(heat_T * (ratio_T - 1))
+        # torch.sigmoid gives a number other bits in other places of a tensor.
+        gate_T = 1 / (1 + torch.exp(heat_T * (1 - ratio_T)))
         surrogate_T = -advantages_T * gate_T * 4 / heat_T
         by_log_ratio_T = -advantages_T * 4 * gate_T * (1 - gate_T) * dratio_T
     elif objective.surrogate == "reinforce":

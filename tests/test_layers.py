@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "r1kernels": [
         "check backend",
-        "objective packing rows reference policy_inputs policy_terms",
+        "objective packing rows reference policy_inputs policy_terms padded_chunk",
         "chunked_head",
         "_native _triton _cuda",
         "head_inputs forward_gradients linear_logp_ops linear_policy_loss_ops",

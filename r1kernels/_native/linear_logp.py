@@ -7,10 +7,14 @@ slice by slice, so every product and every exponential is float32. The row work 
 each tile once, from cache; with rows left out, those that stay are read and written once more.
 """
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r1kernels._native.token_logp import gradient_terms
+from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp
 
 try:
@@ -22,15 +26,25 @@ except ImportError as error:
 
 # 2048 columns of 1024 rows are 8 MiB, still in the last-level cache when the row work reads them.
 TILE_V = 2048
+# Under batch_invariant rows, columns and width come in multiples of it: then the library's GEMM
+# sums every element in one order.
+ALIGN = 64
 # What exp_tile leaves in a tile (`Store` in csrc/cpu/kernels.hpp)
 NOTHING, EXP, LOGIT = 0, 1, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuses(hidden: Tensor | None = None, *_args: object) -> str | None:
+def refuses(
+    hidden: Tensor | None = None,
+    _weight: Tensor | None = None,
+    lora_VR: Tensor | None = None,
+    *_args: object,
+) -> str | None:
     """Why these tensors cannot be taken, or None."""
     if hidden is None:
         return None
+    if lora_VR is not None and is_batch_invariant():
+        return "no low-rank term under batch_invariant"
     if hidden.device.type != "cpu":
         return f"tensor is on {hidden.device.type}"
     return None if hidden.dtype in DTYPES else f"dtype {hidden.dtype}"
@@ -49,11 +63,13 @@ class HeadChunk:
         self.capacity = rows
         self.tiles: Tensor | None = None
         self.scratch: Tensor | None = None
-        self.slice_SD = (
-            None
-            if head.weight_VD.dtype == torch.float32
-            else torch.empty(min(TILE_V, vocab), width)
-        )
+        self.align = ALIGN if is_batch_invariant() else 1
+        self.width = self._up(width)
+        as_is = head.weight_VD.dtype == torch.float32
+        if self.align > 1:
+            whole = (self._up(vocab), self.width) == (vocab, width)
+            as_is = as_is and whole and head.weight_VD.is_contiguous()
+        self.slice_SD = None if as_is else torch.zeros(min(TILE_V, self._up(vocab)), self.width)
         self.bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
         self.lora_VR = None if head.lora_VR is None else head.lora_VR.float()
         self.threads = torch.get_num_threads()
@@ -61,6 +77,11 @@ class HeadChunk:
     @staticmethod
     def bytes_per_row(head) -> int:
         return 4 * head.weight_VD.shape[0]
+
+    @staticmethod
+    def block_rows() -> int:
+        # Sixteen rows for each thread, among which the library may share them out.
+        return -(-16 * torch.get_num_threads() // ALIGN) * ALIGN
 
     def forward(self, rows, keep: bool) -> Logp:
         self._take(rows)
@@ -79,7 +100,7 @@ class HeadChunk:
         for first, last in self.edges:
             tile = self._logits(first, last, self._slice(first, last), keep)
             _C.exp_tile(
-                **self._where(tile, first, self.targets_C, self.temperature_C),
+                **self._where(tile, first, last, self.targets_C, self.temperature_C),
                 store=self.store if keep else NOTHING,
                 entropy=self.entropy,
                 anchor=anchor_C.data_ptr(),
@@ -112,6 +133,7 @@ class HeadChunk:
             final_C = self.anchors[-1] if self.anchors else None
             minus_C = -self.sum_C[rows].float()
             right = (None if x is None else x * factor_C[:, None] for x in right)
+        self._check_rows(len(targets_C))
         right, out = tuple(right), self._row_gradients(hidden_CD, grads)
         for index, (first, end) in enumerate(self.edges):
             tile = self._tile(first, end, len(self.targets_C), True)
@@ -121,7 +143,7 @@ class HeadChunk:
             if active is not None or (self.store == LOGIT and not last):
                 tile = self._copy(tile, active)
             if self.store == LOGIT:
-                where = self._where(tile, first, targets_C, temperature_C)
+                where = self._where(tile, first, end, targets_C, temperature_C)
                 _C.grad_tile(
                     **where, transformed=True, **{name: _address(x) for name, x in terms.items()}
                 )
@@ -137,7 +159,7 @@ class HeadChunk:
                 if x is not None:
                     x *= factor_C[:, None]
         self.head.add_low(dlow_CR, hidden_CD, dhidden_CD, grads)
-        return dhidden_CD
+        return self._narrow(dhidden_CD)
 
     def backward(
         self,
@@ -155,17 +177,20 @@ class HeadChunk:
             weight_SD = self._slice(first, last)
             tile = self._logits(first, last, weight_SD, False)
             _C.grad_tile(
-                **self._where(tile, first, self.targets_C, self.temperature_C),
+                **self._where(tile, first, last, self.targets_C, self.temperature_C),
                 transformed=False,
                 **{name: _address(x) for name, x in terms.items()},
             )
             self._accumulate(tile, weight_SD, right, None, first, last, out, grads)
         dhidden_CD, dlow_CR = out
         self.head.add_low(dlow_CR, self.hidden_CD, dhidden_CD, grads)
-        return dhidden_CD
+        return self._narrow(dhidden_CD)
 
     def _take(self, rows) -> None:
-        self.hidden_CD = rows.hidden_TD.float()
+        hidden_CD = rows.hidden_TD.float()
+        extra = self.width - hidden_CD.shape[1]
+        self.hidden_CD = F.pad(hidden_CD, (0, extra)) if extra else hidden_CD
+        self._check_rows(len(hidden_CD))
         self.low_CR = self.head.low(self.hidden_CD)
         self.targets_C = rows.targets_T.contiguous()
         temperature_C = rows.temperature_T
@@ -187,8 +212,9 @@ class HeadChunk:
             dhidden_CD.addmm_(tile, weight_SD)
         if dlow_CR is not None:
             dlow_CR.addmm_(tile, self.lora_VR[first:last])
+        tile = tile[:, : last - first]
         if grads.weight_VD is not None:
-            grads.weight_VD[first:last].addmm_(tile.T, hidden_CD)
+            grads.weight_VD[first:last].addmm_(tile.T, self._narrow(hidden_CD))
         if grads.lora_VR is not None:
             grads.lora_VR[first:last].addmm_(tile.T, low_CR)
         if grads.bias_V is not None:
@@ -196,7 +222,7 @@ class HeadChunk:
 
     def _target_logit(self) -> Tensor:
         weight_CD = self.head.weight_VD[self.targets_C].float()
-        z_C = (self.hidden_CD * weight_CD).sum(-1)
+        z_C = (self._narrow(self.hidden_CD) * weight_CD).sum(-1)
         if self.low_CR is not None:
             z_C += (self.low_CR * self.lora_VR[self.targets_C]).sum(-1)
         if self.bias_V is not None:
@@ -241,6 +267,7 @@ class HeadChunk:
         self,
         tile: Tensor,
         first: int,
+        last: int,
         targets_C: Tensor,
         temperature_C: Tensor | None,
     ) -> dict:
@@ -249,7 +276,7 @@ class HeadChunk:
         return {
             "tile": tile.data_ptr(),
             "rows": tile.shape[0],
-            "cols": tile.shape[1],
+            "cols": last - first,
             "ld": tile.stride(0),
             "first_column": first,
             "bias": _address(bias_V),
@@ -271,25 +298,58 @@ class HeadChunk:
     def _tile(self, first: int, last: int, count: int, keep: bool) -> Tensor:
         """Logits of `count` rows and columns [first, last), contiguous for the GEMMs."""
         if self.tiles is None:
-            self.tiles = torch.empty(
-                self.capacity
-                * (self.head.weight_VD.shape[0] if keep else min(TILE_V, self.edges[-1][1]))
-            )
-        at = self.capacity * first if keep else 0
-        return self.tiles[at : at + count * (last - first)].view(count, last - first)
+            vocab = self._up(self.edges[-1][1])
+            self.tiles = torch.empty(self.capacity * (vocab if keep else min(TILE_V, vocab)))
+        at, columns = self.capacity * first if keep else 0, self._up(last - first)
+        return self.tiles[at : at + count * columns].view(count, columns)
 
     def _copy(self, tile: Tensor, active: Tensor | None) -> Tensor:
         if self.scratch is None:
-            self.scratch = torch.empty(self.capacity * min(TILE_V, self.edges[-1][1]))
+            self.scratch = torch.empty(self.capacity * min(TILE_V, self._up(self.edges[-1][1])))
         count = len(tile) if active is None else len(active)
         out = self.scratch[: count * tile.shape[1]].view(count, tile.shape[1])
         return out.copy_(tile) if active is None else torch.index_select(tile, 0, active, out=out)
 
     def _slice(self, first: int, last: int) -> Tensor:
         weight_SD = self.head.weight_VD[first:last]
-        return (
-            weight_SD if self.slice_SD is None else self.slice_SD[: last - first].copy_(weight_SD)
-        )
+        if self.slice_SD is None:
+            return weight_SD
+        self._narrow(self.slice_SD[: last - first]).copy_(weight_SD)
+        out_SD = self.slice_SD[: self._up(last - first)]
+        out_SD[last - first :].zero_()
+        return out_SD
+
+    def _up(self, size: int) -> int:
+        return -(-size // self.align) * self.align
+
+    def _narrow(self, x_CD: Tensor | None) -> Tensor | None:
+        """Without the columns that fill the width up."""
+        return None if x_CD is None else x_CD[:, : self.head.weight_VD.shape[1]]
+
+    def _check_rows(self, count: int) -> None:
+        if self.align > 1 and count:
+            for columns in {self._up(last - first) for first, last in self.edges[-2:]}:
+                _check_rows_alike(count, self.block_rows(), columns, self.width, self.threads)
+
+
+@functools.cache
+def _check_rows_alike(rows: int, block: int, columns: int, width: int, threads: int) -> None:
+    """Raises: RuntimeError unless both GEMMs of a row are the same at every place among `rows`."""
+    generator = torch.Generator().manual_seed(0)
+    row_D, row_S = (torch.randn(size, generator=generator) for size in (width, columns))
+    weight_SD = torch.randn(columns, width, generator=generator)
+
+    def products(count: int) -> tuple[Tensor, Tensor]:
+        logits_CS = torch.mm(row_D.expand(count, -1).contiguous(), weight_SD.T)
+        dhidden_CD = torch.zeros(count, width)
+        return logits_CS, dhidden_CD.addmm_(row_S.expand(count, -1).contiguous(), weight_SD)
+
+    for few, many in zip(products(block), products(rows), strict=True):
+        if not ((few == few[0]).all() and (many == few[0]).all()):
+            raise RuntimeError(
+                f"batch_invariant: this machine's products of {rows} rows with a matrix of "
+                f"{columns} x {width} on {threads} threads do not treat all rows alike"
+            )
 
 
 def _address(x: Tensor | None) -> int:

@@ -25,7 +25,9 @@ from r1kernels._triton.head_kernels import (
     store_dtype,
     target_slope,
 )
+from r1kernels._triton.product_kernels import add_product
 from r1kernels._triton.target_kernels import add_target_hidden, add_target_weight, target_logits
+from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp
 
 # Vocabulary columns widened or converted at a time where the stored matrix is no GEMM operand.
@@ -53,6 +55,10 @@ class HeadChunk:
         tiles = -(-V // launch_config(architecture(head.weight_VD.device), dtype, False).BLOCK_V)
         # the stored row, three planes of partial sums, a float32 row of dhidden
         return padded(V) * store_dtype(dtype).itemsize + 12 * tiles + 4 * D
+
+    @staticmethod
+    def block_rows() -> int:
+        return 1
 
     def forward(self, rows, keep: bool) -> Logp:
         self._take(rows)
@@ -122,7 +128,9 @@ class HeadChunk:
 
     def _take(self, rows) -> None:
         hidden_CD = rows.hidden_TD
-        self.hidden_CD = hidden_CD if hidden_CD.stride(1) == 1 else hidden_CD.contiguous()
+        # The distance of rows decides whether the aligned tiles may run.
+        as_is = hidden_CD.stride(1) == 1 and not is_batch_invariant()
+        self.hidden_CD = hidden_CD if as_is else hidden_CD.contiguous()
         self.targets_C = rows.targets_T.contiguous()
         self.temperature_C = rows.temperature_T
 
@@ -160,7 +168,7 @@ class HeadChunk:
         else:
             if grads.hidden:
                 dhidden_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
-                _add_product(dhidden_CD, store_CV, weight_VD)
+                _add_hidden_product(dhidden_CD, store_CV, weight_VD)
                 if factor_C is not None:
                     dhidden_CD *= factor_C[:, None]
             if grads.weight_VD is not None:
@@ -196,7 +204,7 @@ class HeadChunk:
             columns = slice(at, at + SLICE_V)
             slice_CS = (store_CV[:, columns] * raise_C[:, None]).half()
             if dhidden_CD is not None:
-                _add_product(dhidden_CD, slice_CS, weight_VD[columns])
+                _add_hidden_product(dhidden_CD, slice_CS, weight_VD[columns])
             if grads.weight_VD is not None:
                 product_SD = torch.zeros_like(weight_VD[columns], dtype=torch.float32)
                 _add_product(product_SD, slice_CS.T, right_CD)
@@ -208,6 +216,11 @@ def _raise(top: Tensor) -> Tensor:
     """The power of two that brings top into [2^13, 2^14); at most 2^100."""
     exponent = (14 - torch.frexp(top).exponent).clamp(max=100)
     return torch.ldexp(torch.ones_like(top), exponent)
+
+
+def _add_hidden_product(out_CD: Tensor, left_CV: Tensor, weight_VD: Tensor) -> None:
+    """`_add_product`, where a row's result must not depend on the others under batch_invariant."""
+    (add_product if is_batch_invariant() else _add_product)(out_CD, left_CV, weight_VD)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

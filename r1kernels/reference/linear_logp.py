@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp, fwd, logit_gradient, token_logp
 
 
@@ -43,8 +44,8 @@ def linear_logp(
 
 
 def refuses(*_args: object) -> str | None:
-    """None: runs anywhere."""
-    return None
+    """None: runs anywhere, but promises nothing about bits."""
+    return "no promise under batch_invariant" if is_batch_invariant() else None
 
 
 class HeadChunk:
@@ -57,6 +58,10 @@ class HeadChunk:
     def bytes_per_row(head) -> int:
         # float32 logits, their softmax and its gradient
         return 12 * head.weight_VD.shape[0]
+
+    @staticmethod
+    def block_rows() -> int:
+        return 1
 
     def forward(self, rows, keep: bool) -> Logp:
         logits_CV = self._logits(rows)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r1kernels.backend import is_batch_invariant
 from r1kernels.check import IGNORE
 
 
@@ -58,8 +59,8 @@ def token_logp(
 
 
 def refuses(*_args: object) -> str | None:
-    """None: runs anywhere."""
-    return None
+    """None: runs anywhere, but promises nothing about bits."""
+    return "no promise under batch_invariant" if is_batch_invariant() else None
 
 
 def fwd(
