@@ -341,4 +341,5 @@ def line(row: dict) -> str:
 
 def is_ours(row: dict) -> bool:
     """Whether a row is r1kernels'."""
-    return row["provider"] in PROVIDERS and PROVIDERS[row["provider"]].is_ours
+    name = row["provider"].split("@")[0]
+    return name in PROVIDERS and PROVIDERS[name].is_ours

@@ -26,6 +26,8 @@ class Cell:
     providers: tuple[str, ...]
     kind: str = "head"
     dtype: str = "bfloat16"
+    # Every GEMM kernel of ours, not only the one that is chosen by itself.
+    variants: bool = False
 
     @property
     def name(self) -> str:
@@ -66,13 +68,16 @@ def cells(quick: bool = False, full: bool = False) -> list[Cell]:
     whole = ("floor_whole", "eager", "compile", *EVERY_PEER)
     some = ("eager", *QUICK_PEERS)
     found = [
-        head_cell(32768, LLAMA, "forward_backward", whole),
-        head_cell(32768, LLAMA, "forward", ("floor_whole", "eager", "compile", *QUICK_PEERS)),
+        replace(head_cell(32768, LLAMA, "forward_backward", whole), variants=True),
+        replace(
+            head_cell(32768, LLAMA, "forward", ("floor_whole", "eager", "compile", *QUICK_PEERS)),
+            variants=True,
+        ),
         head_cell(32768, LLAMA, "frozen", some),
         head_cell(8192, QWEN_8B, "forward_backward", (*some, "liger_flce", "torch_lce")),
         *logits_cells(8192, QWEN_8B["V"]),
         head_cell(32768, QWEN_1B, "forward_backward", some),
-        head_cell(32768, QWEN_1B, "forward", ("eager",)),
+        replace(head_cell(32768, QWEN_1B, "forward", ("eager",)), variants=True),
         head_cell(32768, QWEN_7B, "forward_backward", some),
         head_cell(32768, LLAMA, "masked_50", ("trl", "cce")),
         head_cell(32768, LLAMA, "zero_80", ("trl", "cce")),

@@ -22,6 +22,7 @@ from benchmarks.gpu_rows import EMPTY_ROW, line, quantiles, summary, tdv
 from benchmarks.harness import WorkerError, commit
 from benchmarks.logits_op import LOGITS_PROVIDERS, PASSES
 from benchmarks.meter import gpu_state
+from benchmarks.peers import absent
 from benchmarks.provider import Provider
 from benchmarks.providers import PROVIDERS, find
 
@@ -29,7 +30,8 @@ __all__ = ["file_name", "is_ours", "line", "run", "summary"]
 
 SMOKE_SHARE = 0.25
 ROUNDS = 3
-TURN_SECONDS = 0.4
+# Of a peer; ours and the floor get twice as much, in more rounds.
+TURN_SECONDS = 0.5
 # Drawing a problem, a first iteration's set-up and the errors, beside the iterations.
 TURN_OVERHEAD = 0.8
 COMPILE_SECONDS = 25.0
@@ -207,6 +209,14 @@ class Suite:
             self.slower = min(4.0, max(0.5, taken))
         return True
 
+    def variants(self) -> tuple[str, ...]:
+        """Our Triton GEMM kernels beside the chosen one."""
+        try:
+            return tuple(self.pool.ask("triton", {"do": "variants"})["providers"])
+        except WorkerError as error:
+            self.say(f"no variants: {error}")
+            return ()
+
     def pool_state(self) -> dict:
         """Clocks just after a cell; nothing when there is no time left to ask."""
         try:
@@ -219,18 +229,22 @@ class Suite:
         for index in range(self.rounds):
             for spec in specs[index:] + specs[:index]:
                 provider, one = providers[spec], found[spec]
-                often = provider.is_ours or provider.is_floor or index == self.rounds - 1
-                if index and (not one.times or not often or time.monotonic() > until):
+                now = often(spec, provider) or index == self.rounds - 1
+                if index and (not one.times or not now or time.monotonic() > until):
                     continue
                 self._one_turn(cell, spec, provider, one, files, index == 0)
 
     def _one_turn(self, cell, spec, provider, one, files, check) -> None:
+        seconds = self.turn_seconds * (1 + often(spec, provider))
         status, reason, times = self.refusals.get(spec, ("missing", "", 0))
         if times >= ATTEMPTS:
             one.status, one.reason = status, f"not asked again: {reason}"
             return
+        if absent(provider.package):
+            one.reason = f"{provider.package} is not installed"
+            return
         try:
-            answer = self.turn(cell, spec, provider, files, self.turn_seconds, check)
+            answer = self.turn(cell, spec, provider, files, seconds, check)
         except WorkerError as error:
             one.times.clear()
             one.status = "missing" if error.missing else "failed"
@@ -297,14 +311,18 @@ class Suite:
         else:
             floor = roofline.mode_flops(cell.shape, cell.mode) / rate
             total = TRUTH_SLOWNESS * roofline.mode_flops(cell.shape, "forward") / rate
-        for provider in providers.values():
+        for spec, provider in providers.items():
             once = provider.slowness * floor
-            often = provider.is_ours or provider.is_floor
-            turn = TURN_OVERHEAD + max(self.turn_seconds, 2 * once) + once
-            total += (
-                turn * (self.rounds if often else 2) + once + COMPILE_SECONDS * provider.compiles
-            )
+            timed = max(self.turn_seconds * (1 + often(spec, provider)), 2 * once)
+            turns = self.rounds if often(spec, provider) else 2
+            total += turns * (TURN_OVERHEAD + once + timed) + once
+            total += COMPILE_SECONDS * provider.compiles
         return total
+
+
+def often(spec: str, provider: Provider) -> bool:
+    """Whether a provider has a turn in every round: what the rows' ratios are made of."""
+    return provider.is_floor or (provider.is_ours and "@" not in spec)
 
 
 def providers_of(cell: Cell) -> dict[str, Provider]:
@@ -363,7 +381,8 @@ def run(
     ]  # fmt: skip
     pool = Pool(device, threads, folder, deadline)
     try:
-        families = [p.family for cell in cells for p in providers_of(cell).values()]
+        found = [p for cell in cells for p in providers_of(cell).values()]
+        families = [p.family for p in found if not absent(p.package)]
         pool.start(list(dict.fromkeys(["bench", *backends, *families])))
         hello = pool.hello("bench")
         common = {
@@ -376,8 +395,10 @@ def run(
                   gpu_state=suite.pool_state())  # fmt: skip
         suite.smoke(backends, deadline if quick else started + SMOKE_SHARE * 60 * minutes)
         suite.rates()
+        others = suite.variants() if any("triton" in cell.providers for cell in cells) else ()
         for cell in cells:
-            suite.cell(cell)
+            more = others if cell.variants and "triton" in cell.providers else ()
+            suite.cell(dataclasses.replace(cell, providers=(*cell.providers, *more)))
     except OutOfTime:
         say("out of time: what was measured is written")
     except WorkerError as error:

@@ -7,7 +7,6 @@ device, so that idle workers hold no memory and a worker that died is replaced b
 import argparse
 import contextlib
 import functools
-import importlib.util
 
 import torch
 
@@ -17,12 +16,11 @@ from benchmarks.harness import MIB, machine, serve
 from benchmarks.meter import gpu_facts, gpu_state, meter
 from benchmarks.poison import poisoned_memory
 from benchmarks.provider import Missing
-from benchmarks.providers import accumulate, find
+from benchmarks.providers import accumulate, find, variants
 from benchmarks.shapes import Shape
 from r1kernels.backend import use_backend
 
 VOCAB_CHECKED = 1024
-MODULES = {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 
 
 class GpuWorker:
@@ -32,12 +30,15 @@ class GpuWorker:
         self.threads = threads
         self.handlers = {
             name: self._guarded(getattr(self, name))
-            for name in ("hello", "state", "rates", "truth", "turn", "check")
+            for name in ("hello", "variants", "state", "rates", "truth", "turn", "check")
         }
 
     def hello(self) -> dict:
         self.meter.wait()
         return {"device": self.meter.name(), "machine": machine(self.threads) | gpu_facts()}
+
+    def variants(self) -> dict:
+        return {"providers": variants()}
 
     def state(self) -> dict:
         return gpu_state()
@@ -120,8 +121,6 @@ class GpuWorker:
         is_head = kind == "head"
         found = find(provider) if is_head or ":" in provider else None
         found = found or logits_op.LOGITS_PROVIDERS[provider]
-        if ":" not in provider and absent(found.package):
-            raise Missing(f"{found.package} is not installed")
         if is_head:
             problem = self._head(shape, dtype, files["base"])
         else:
@@ -132,6 +131,9 @@ class GpuWorker:
         self.meter.wait()
         out = {}
         if check:
+            # What the first iteration left, gradients among it, is not part of the next one's peak.
+            run = None
+            run = found.make(problem, mode)
             with poisoned_memory() if poison else contextlib.nullcontext():
                 result, peak = self.meter.peak(run)
             gradients = [g for g in result[1:] if g is not None and g.ndim == 2]
@@ -187,11 +189,6 @@ class GpuWorker:
                 raise Missing("out of memory: " + str(error).split(". ")[0]) from None
 
         return answer
-
-
-def absent(package: str) -> bool:
-    """Whether a package cannot even be found, which takes less than to draw a problem."""
-    return importlib.util.find_spec(MODULES.get(package, package)) is None
 
 
 def _sums(problem: dict) -> list[float]:

@@ -5,6 +5,7 @@ Imports happen inside functions; a library that is absent or refuses is a reason
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,12 @@ from benchmarks.provider import Missing, Provider, Result, from_logp, leaves
 
 # What TRL 1.16's trainer passes (trl.trainer.utils needs more packages than the function does).
 TRL_CHUNK = 32768
+MODULES = {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+
+
+def absent(package: str) -> bool:
+    """Whether a package cannot even be found; importing one takes seconds."""
+    return importlib.util.find_spec(MODULES.get(package, package)) is None
 
 
 def load(package: str, module: str, name: str):

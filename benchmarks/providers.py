@@ -3,9 +3,11 @@
 Here the bare GEMMs, ours and torch's own; `peers.py` has the other libraries.
 """
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +218,37 @@ def _compiled_loss() -> Callable:
     return torch.compile(whole, dynamic=False)
 
 
+def variants() -> list[str]:
+    """Triton's GEMM variants for this GPU beside the one that runs by itself, as providers."""
+    try:
+        configs = importlib.import_module("r1kernels._triton.head_configs")
+        common = importlib.import_module("r1kernels._triton.common")
+    except ImportError:
+        return []
+    arch = common.architecture(torch.device("cuda")) if torch.cuda.is_available() else 0
+    chosen = configs.CHOICE.get(arch)
+    return [f"triton@{k}" for k, v in configs.VARIANTS.items() if arch in v and k != chosen]
+
+
+def _variant(name: str) -> Callable:
+    """Ours by Triton with another GEMM kernel than the chosen one, for the time of an iteration."""
+
+    def make(problem: dict, mode: str) -> Callable:
+        configs = importlib.import_module("r1kernels._triton.head_configs")
+        common = importlib.import_module("r1kernels._triton.common")
+        choice = {common.architecture(problem["hidden"].device): name}
+        with mock.patch.dict(configs.CHOICE, choice):
+            run = _ours("triton")(problem, mode)
+
+        def run_variant() -> Result:
+            with mock.patch.dict(configs.CHOICE, choice):
+                return run()
+
+        return run_variant
+
+    return make
+
+
 def _ours_provider(backend: str, suites: tuple[str, ...]) -> Provider:
     return Provider(
         backend,
@@ -270,10 +303,13 @@ PROVIDERS = {
 
 
 def find(name: str) -> Provider:
-    """A provider by name, or by `module:attribute` for one defined elsewhere."""
+    """A provider by name, by `triton@variant`, or by `module:attribute` if defined elsewhere."""
     if ":" in name:
         module, attribute = name.split(":")
         return getattr(importlib.import_module(module), attribute)
+    if name.startswith("triton@"):
+        make = _variant(name.removeprefix("triton@"))
+        return dataclasses.replace(PROVIDERS["triton"], name=name, make=make)
     if name not in PROVIDERS:
         raise ValueError(
             f"no provider {name!r}; there are {', '.join(PROVIDERS)}, or module:attribute"

@@ -2,18 +2,21 @@
 
 import json
 import os
+import sys
 import time
+import types
 
 import pytest
 import torch
 
-from benchmarks import checks, gpu_plan, gpu_pool, gpu_suite, logits_op, report, run
+from benchmarks import checks, gpu_plan, gpu_pool, gpu_suite, logits_op, providers, report, run
 from benchmarks import problem as problems
+from benchmarks.cpu_suite import is_ours
 from benchmarks.gpu_rows import summary
 from benchmarks.gpu_worker import GpuWorker
 from benchmarks.harness import WorkerError
 from benchmarks.provider import Missing, Provider, Result
-from benchmarks.providers import PROVIDERS, accumulate, find
+from benchmarks.providers import PROVIDERS, accumulate, find, variants
 from benchmarks.shapes import Shape
 
 TINY = Shape(T=64, D=16, V=512, S=8)
@@ -126,6 +129,7 @@ def test_a_missing_peer_and_a_wrong_one_are_rows(finished):
     missing = cell_rows(finished[0], "cce")["forward_backward"]
     assert missing["status"] == "missing"
     assert missing["reason"] == "cut-cross-entropy is not installed"
+    assert "==== cce" not in finished[3]
     wrong = cell_rows(finished[0], "scaled")["forward_backward"]
     assert wrong["status"] == "refused"
     assert "dhidden differs from float64 by 1.0e-02" in wrong["reason"]
@@ -352,3 +356,31 @@ def test_float32_sums_of_bfloat16_products():
 def test_memory_formula_grows_by_gradients_and_vectors_alone():
     low, high = (checks.allowance_mib(T, 4096, 131072, 1280) for T in (8192, 131072))
     assert high - low == pytest.approx((131072 - 8192) * (2 * 4096 + 256) / 2**20)
+
+
+def test_variants_of_our_kernel_run_with_their_own_choice(problem, monkeypatch):
+    """With a stand-in for the table of kernels: an entry is swapped for the time of a run."""
+    configs = types.ModuleType("r1kernels._triton.head_configs")
+    configs.CHOICE = {0: "plain"}
+    configs.VARIANTS = {"plain": {0: None}, "wide": {0: None, 90: None}, "wgmma": {90: None}}
+    monkeypatch.setitem(sys.modules, configs.__name__, configs)
+    assert variants() == ["triton@wide"]
+    seen = []
+
+    def ours(backend):
+        seen.append((backend, dict(configs.CHOICE)))
+        return lambda problem, mode: lambda: seen.append((backend, dict(configs.CHOICE)))
+
+    monkeypatch.setattr(providers, "_ours", ours)
+    provider = find("triton@wide")
+    assert provider.is_ours and provider.name == "triton@wide" and provider.family == "triton"
+    provider.make(problem, "forward")()
+    assert seen == [("triton", {0: "wide"})] * 2
+    assert configs.CHOICE == {0: "plain"}
+    assert is_ours({"provider": "triton@wide"})
+
+
+def test_cells_with_variants_get_them_and_others_do_not():
+    cells = gpu_plan.cells()
+    assert next(cell.name for cell in cells if cell.variants) == cells[0].name
+    assert not [cell for cell in cells if cell.variants and "triton" not in cell.providers]
