@@ -29,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from r1kernels._triton import head_configs as configs
 from r1kernels._triton import head_kernels as head
 from r1kernels._triton import product_kernels as product
 from r1kernels._triton import target_kernels as target
@@ -39,7 +40,13 @@ CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 # Bytes a block may use: the opt-in limit of the architecture.
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-MODES = {"sums": head.SUMS.value, "store": head.STORE.value, "gradient": head.GRADIENT.value}
+MODES = {
+    "sums": head.SUMS.value,
+    "store": head.STORE.value,
+    "gradient": head.GRADIENT.value,
+    "top": head.TOP.value,
+    "product": head.PRODUCT.value,
+}
 BIAS_SOFTCAP = ["HAS_BIAS", "SOFTCAP"]
 SOFTCAP_ENTROPY = ["SOFTCAP", "ENTROPY"]
 SEGMENT = {"BLOCK_T": target.BLOCK_SEGMENT_T, "BLOCK_D": target.BLOCK_SEGMENT_D}
@@ -59,6 +66,8 @@ PARAMETERS = {
     "targets_ptr": "*i64",
     "order_ptr": "*i64",
     "ends_ptr": "*i64",
+    "rows_ptr": "*i64",
+    "count_ptr": "*i32",
     "scale": "fp32",
     "softcap": "fp32",
 }
@@ -76,6 +85,7 @@ class Build:
     constants: dict[str, int | bool]
     options: dict[str, int]
     aligned: bool = True
+    variant: str = ""
 
     @property
     def name(self) -> str:
@@ -84,9 +94,10 @@ class Build:
         flags = [
             key.lower().removeprefix("has_")
             for key, value in self.constants.items()
-            if value is True and key != "EVEN_D"
+            if value is True and key not in ("EVEN_D", "SPECIALIZED")
         ]
         words = [self.dtype, *mode, *flags, *([] if self.aligned else ["unaligned"])]
+        words += [self.variant] * bool(self.variant)
         return f"{self.kernel.strip('_')}[{','.join(words)}]"
 
 
@@ -125,31 +136,55 @@ def builds(arch: int) -> Iterator[Build]:
         yield Build(
             product.__name__, "_add_product_kernel", arch, x, "fp32", blocks, options, aligned
         )
-        for mode in MODES:
-            yield from _head_builds(arch, dtype, mode, aligned)
+        for name, variant in configs.VARIANTS.items():
+            if arch in variant and (name == "pointers" or (aligned and x != "fp32")):
+                yield from _head_builds(arch, dtype, name, aligned)
     blocks = {"BLOCK_C": head.BLOCK_REDUCE, "BLOCK_TILES": head.BLOCK_REDUCE}
-    yield Build(
-        head.__name__, "_reduce_kernel", arch, "fp32", "fp32", blocks, {"num_warps": 4}, False
-    )
+    for mode, listed in (("sums", False), ("sums", True), ("top", True)):
+        flags = {"LISTED": listed, "MODE": MODES[mode]}
+        out = "fp32" if mode == "top" else "fp64"
+        options = {"num_warps": 4}
+        yield Build(
+            head.__name__, "_reduce_kernel", arch, "fp32", out, blocks | flags, options, False
+        )
 
 
-def _head_builds(arch: int, dtype: torch.dtype, mode: str, aligned: bool) -> Iterator[Build]:
-    """The GEMM kernel in one mode, and the kernel that redoes its rows."""
+def _head_builds(arch: int, dtype: torch.dtype, variant: str, aligned: bool) -> Iterator[Build]:
+    """The GEMM kernel of a variant in its modes."""
     x = DTYPES[dtype]
-    out = "fp32" if mode == "sums" else DTYPES[head.store_dtype(dtype)]
-    names = BIAS_SOFTCAP + ["ENTROPY"] * (mode != "gradient")
-    settings = _settings(names, single=dtype == torch.bfloat16 and aligned, off=aligned)
-    for flags in settings:
-        config = head.launch_config(arch, dtype, aligned, mode == "gradient" and flags["SOFTCAP"])
-        blocks = {key: getattr(config, key) for key in config.__slots__ if key.isupper()}
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        flags = {"ENTROPY": False, **flags, "MODE": MODES[mode]}
-        constants = {**blocks, "EVEN_D": aligned, **flags}
-        yield Build(head.__name__, "_head_kernel", arch, x, out, constants, options, aligned)
-        if mode != "gradient" and len(set(flags[name] for name in names)) == 1:
-            constants = {"BLOCK_V": head.BLOCK_FIX_V, "BLOCK_D": head.BLOCK_FIX_D, **flags}
-            fix = {"num_warps": head.FIX_WARPS, "num_stages": 2}
-            yield Build(head.__name__, "_fix_rows_kernel", arch, x, out, constants, fix, aligned)
+    for mode in MODES:
+        pointers = variant == "pointers"
+        if (mode == "top" and not pointers) or (mode == "product" and not aligned):
+            continue
+        out = x if mode == "product" else DTYPES[head.store_dtype(dtype)]
+        names = {"top": BIAS_SOFTCAP, "product": [], "gradient": BIAS_SOFTCAP}.get(
+            mode, [*BIAS_SOFTCAP, "ENTROPY"]
+        )
+        for flags in _settings(names, single=x == "bf16" and aligned, off=aligned):
+            flags = {"HAS_BIAS": False, "SOFTCAP": False, "ENTROPY": False} | flags
+            gradient = mode == "gradient"
+            config = configs.launch_config(
+                arch, dtype, aligned, gradient, flags["SOFTCAP"], variant
+            )
+            if config.loads == "pointers" and not pointers:
+                continue
+            blocks = {key: getattr(config, key) for key in ("BLOCK_C", "BLOCK_V", "BLOCK_D")}
+            blocks |= {"GROUP_C": config.GROUP_C, "SPLIT": config.SPLIT, "MODE": MODES[mode]}
+            blocks |= flags
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            if config.loads != "pointers":
+                blocks["SPECIALIZED"] = config.loads == "specialized"
+                kernel = "_head_tma_kernel"
+                yield Build(head.__name__, kernel, arch, x, out, blocks, options, aligned, variant)
+                continue
+            # Lists are for the rows to be redone.
+            for listed in {"sums": (False, True), "store": (False, True), "top": (True,)}.get(
+                mode, (False,)
+            ):
+                constants = {**blocks, "EVEN_D": aligned, "LISTED": listed}
+                yield Build(
+                    head.__name__, "_head_kernel", arch, x, out, constants, options, aligned
+                )
 
 
 def _settings(names: list[str], single: bool, off: bool) -> list[dict[str, bool]]:
@@ -162,6 +197,19 @@ def _settings(names: list[str], single: bool, off: bool) -> list[dict[str, bool]
     return found
 
 
+def _matrix(name: str, build: Build) -> str:
+    """Type of an operand of the TMA kernel: a descriptor's, or a pointer's."""
+    dtype = build.out if name == "out" else build.dtype
+    if build.constants["SPECIALIZED"]:
+        return f"*{dtype}"
+    constants = build.constants
+    rows = constants["BLOCK_V" if name == "weight" else "BLOCK_C"]
+    columns = constants["BLOCK_D"]
+    if name == "out":
+        columns = constants["BLOCK_V"] // constants["SPLIT"]
+    return f"tensordesc<{dtype}[{rows}, {columns}]>"
+
+
 def compile_triton(build: Build) -> Record:
     """Compiles one build and reads registers and spills from ptxas's own report."""
     kernel = getattr(sys.modules[build.module], build.kernel)
@@ -172,9 +220,16 @@ def compile_triton(build: Build) -> Record:
             continue
         pointer = parameter.name.endswith("_ptr")
         text = PARAMETERS.get(parameter.name, "*fp32" if pointer else "i32")
+        matrix = build.kernel == "_head_tma_kernel" and parameter.name in (
+            "hidden",
+            "weight",
+            "out",
+        )
+        if matrix:
+            text = _matrix(parameter.name, build)
         signature[parameter.name] = {"*x": f"*{build.dtype}", "*o": f"*{build.out}"}.get(text, text)
         special = text == "i32" and not parameter.do_not_specialize
-        if pointer or parameter.name == "columns" or (build.aligned and special):
+        if pointer or parameter.name == "columns" or (build.aligned and special) or text[0] == "*":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=build.constants, attrs=attributes)
     report = io.StringIO()

@@ -20,38 +20,30 @@ weight column block run side by side and share it in L2), C V elements written w
 data and on the tile shape, which is the same for every mode and chunk, so all paths agree bitwise.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from r1kernels._triton.common import (
-    INTERPRETED,
-    LOWEST,
-    architecture,
-    inverse_temperature,
-    transform,
-    weigh,
+from r1kernels._triton.common import LOWEST, architecture, inverse_temperature
+from r1kernels._triton.head_configs import ALIGNMENT, is_aligned, launch_config, programs
+from r1kernels._triton.head_tiles import (
+    GRADIENT,
+    PRODUCT,
+    STORE,
+    SUM_LIMIT,
+    SUMS,
+    TOP,
+    finish,
+    split,
+    tile_place,
 )
+from r1kernels.chunked_head import Head
 
-SUMS = tl.constexpr(0)
-STORE = tl.constexpr(1)
-GRADIENT = tl.constexpr(2)
-
-# Rows whose s exceeds 2^46 (or is not finite) are redone around their own maximum. log S then stays
-# within +-32, the priors being clamped at -8, and the entropy log S - m loses at most
-# 32 * 2^-24 = 2e-6 nats to cancellation, what a float32 log-sum-exp of logits near 32 loses too.
-SUM_LIMIT = tl.constexpr(2.0**46)
-
-# Stored entries of a row about to be redone are held here, so that no inf is ever written.
-STORE_LIMIT = tl.constexpr(2.0**100)
-
-ALIGNMENT = 16
 BLOCK_REDUCE = 32
-BLOCK_FIX_V, BLOCK_FIX_D, FIX_WARPS = (32, 32, 4) if INTERPRETED else (32, 64, 4)
 
 
 class ChunkSums(NamedTuple):
@@ -60,43 +52,6 @@ class ChunkSums(NamedTuple):
     s_C: Tensor
     u_C: Tensor | None
     rounded_C: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class HeadConfig:
-    BLOCK_C: int
-    BLOCK_V: int
-    BLOCK_D: int
-    GROUP_C: int
-    num_warps: int
-    num_stages: int
-
-
-def launch_config(
-    arch: int, dtype: torch.dtype, aligned: bool = True, capped_gradient: bool = False
-) -> HeadConfig:
-    """Tile of the GEMM kernel, the same for every number of rows and in both forward modes.
-
-    `aligned`: D is a multiple of BLOCK_D and rows of hidden and weight start at multiples of 16.
-    `capped_gradient`: gradient mode under softcap.
-    """
-    if arch == 0:
-        return HeadConfig(16, 32, 32, 2, 1, 1)
-    # Element-wise loads need a pointer each (larger tiles spill), and IEEE float32 products run on
-    # the ordinary cores, with the operands in registers.
-    if not aligned or dtype == torch.float32:
-        return HeadConfig(64, 64, 32, 8, 8, 2)
-    # Compile-time facts only: no spill, 131 KB of shared memory on sm_90, 66 KB on sm_80, which
-    # leaves room on the 99 KB parts (sm_86, sm_89). The float32 store of float16 inputs and the
-    # slope of the softcap beside a gradient spill at 128 x 128.
-    narrow = dtype == torch.float16 or capped_gradient
-    return HeadConfig(128, 64 if narrow else 128, 64, 8, 8, 4 if arch >= 90 else 3)
-
-
-def is_aligned(hidden_CD: Tensor, weight_VD: Tensor) -> bool:
-    """Whether the fast tiles may run; 64 is the largest BLOCK_D."""
-    strides = hidden_CD.stride(0) | weight_VD.stride(0)
-    return hidden_CD.shape[1] % 64 == 0 and strides % ALIGNMENT == 0
 
 
 def padded(V: int) -> int:
@@ -118,6 +73,7 @@ def store_dtype(dtype: torch.dtype) -> torch.dtype:
 def _head_kernel(
     hidden_ptr,
     weight_ptr,
+    out_ptr,
     bias_ptr,
     targets_ptr,
     anchor_ptr,
@@ -125,7 +81,88 @@ def _head_kernel(
     alpha_ptr,
     beta_ptr,
     centre_ptr,
-    out_ptr,
+    partial_ptr,
+    rows_ptr,
+    count_ptr,
+    C,
+    V,
+    D,
+    stride_hidden_c,
+    stride_weight_v,
+    columns,
+    scale,
+    softcap,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LISTED: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Tiles loaded through pointers. LISTED: of the rows in a list whose length is read here;
+    partial sums are then at their places in the list."""
+    BLOCK_PART: tl.constexpr = BLOCK_V // SPLIT
+    count = C
+    if LISTED:
+        count = tl.load(count_ptr).to(tl.int32)
+    tiles_c = tl.cdiv(count, BLOCK_C)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    for tile in range(tl.program_id(0), tiles_c * tiles_v, tl.num_programs(0)):
+        pid_c, pid_v = tile_place(tile, tiles_c, tiles_v, GROUP_C)
+        place = pid_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+        offs_v = pid_v.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_c = place < count
+        # Rows and columns past the end wrap round, which keeps masks out of the loop over D.
+        rows = place % C
+        if LISTED:
+            rows = tl.load(rows_ptr + place, mask=mask_c, other=0)
+        hidden_ptrs = hidden_ptr + rows[:, None] * stride_hidden_c + offs_d[None, :]
+        weight_ptrs = weight_ptr + (offs_v % V)[None, :] * stride_weight_v + offs_d[:, None]
+        z = tl.zeros((BLOCK_C, BLOCK_V), dtype=tl.float32)
+        for start in range(0, D, BLOCK_D):
+            if EVEN_D:
+                hidden = tl.load(hidden_ptrs)
+                weight = tl.load(weight_ptrs)
+            else:
+                hidden = tl.load(hidden_ptrs, mask=offs_d[None, :] < D - start, other=0.0)
+                weight = tl.load(weight_ptrs, mask=offs_d[:, None] < D - start, other=0.0)
+            z = tl.dot(hidden, weight, z, input_precision="ieee")
+            hidden_ptrs += BLOCK_D
+            weight_ptrs += BLOCK_D
+
+        parts = split(z, SPLIT)
+        for part in tl.static_range(SPLIT):
+            tile_v = pid_v.to(tl.int64) * SPLIT + part
+            offs_v = tile_v * BLOCK_PART + tl.arange(0, BLOCK_PART)
+            rounded = finish(
+                parts[part], rows, mask_c, offs_v, partial_ptr + tile_v * C + place,
+                tiles_v.to(tl.int64) * SPLIT * C, V, scale, softcap, bias_ptr, targets_ptr,
+                anchor_ptr, inverse_temperature_ptr, alpha_ptr, beta_ptr, centre_ptr,
+                out_ptr.dtype.element_ty, HAS_BIAS, SOFTCAP, ENTROPY, MODE,
+            )  # fmt: skip
+            if MODE >= STORE:
+                out_ptrs = out_ptr + rows[:, None] * columns + offs_v[None, :]
+                tl.store(out_ptrs, rounded, mask=mask_c[:, None] & (offs_v[None, :] < columns))
+
+
+@triton.jit(do_not_specialize=["C", "V"])
+def _head_tma_kernel(
+    hidden,
+    weight,
+    out,
+    bias_ptr,
+    targets_ptr,
+    anchor_ptr,
+    inverse_temperature_ptr,
+    alpha_ptr,
+    beta_ptr,
+    centre_ptr,
     partial_ptr,
     C,
     V,
@@ -139,192 +176,112 @@ def _head_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_C: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     MODE: tl.constexpr,
 ):
+    """Tiles copied by the bulk tensor engine, which puts zeros past the end; a persistent grid.
+    hidden, weight and out are descriptors, or pointers where SPECIALIZED makes them here."""
+    BLOCK_PART: tl.constexpr = BLOCK_V // SPLIT
+    if SPECIALIZED:
+        hidden = tl.make_tensor_descriptor(hidden, [C, D], [stride_hidden_c, 1], [BLOCK_C, BLOCK_D])
+        weight = tl.make_tensor_descriptor(weight, [V, D], [stride_weight_v, 1], [BLOCK_V, BLOCK_D])
+        if MODE != SUMS:
+            out = tl.make_tensor_descriptor(out, [C, columns], [columns, 1], [BLOCK_C, BLOCK_PART])
+    dtype: tl.constexpr = tl.float32 if MODE == SUMS else out.dtype
     tiles_c = tl.cdiv(C, BLOCK_C)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    group = tl.program_id(0) // (GROUP_C * tiles_v)
-    place = tl.program_id(0) % (GROUP_C * tiles_v)
-    group_rows = tl.minimum(tiles_c - group * GROUP_C, GROUP_C)
-    pid_c = group * GROUP_C + place % group_rows
-    pid_v = place // group_rows
+    first = tl.program_id(0)
+    step = tl.num_programs(0)
+    # A counter of its own for the epilogue: with one for both, the flattened loop keeps the
+    # addresses of two tiles alive.
+    done = first - step
+    for tile in tl.range(
+        first, tiles_c * tiles_v, step, flatten=not SPECIALIZED, warp_specialize=SPECIALIZED
+    ):
+        pid_c, pid_v = tile_place(tile, tiles_c, tiles_v, GROUP_C)
+        z = tl.zeros((BLOCK_C, BLOCK_V), dtype=tl.float32)
+        for start in range(0, D, BLOCK_D):
+            left = hidden.load([pid_c * BLOCK_C, start])
+            right = weight.load([pid_v * BLOCK_V, start])
+            z = tl.dot(left, right.T, z, input_precision="ieee")
 
-    offs_c = pid_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_v = pid_v.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_c = offs_c < C
-    # Rows and columns past the end wrap round, which keeps masks out of the loop over D.
-    hidden_ptrs = hidden_ptr + (offs_c % C)[:, None] * stride_hidden_c + offs_d[None, :]
-    weight_ptrs = weight_ptr + (offs_v % V)[None, :] * stride_weight_v + offs_d[:, None]
-    z = tl.zeros((BLOCK_C, BLOCK_V), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        if EVEN_D:
-            hidden = tl.load(hidden_ptrs)
-            weight = tl.load(weight_ptrs)
-        else:
-            hidden = tl.load(hidden_ptrs, mask=offs_d[None, :] < D - start, other=0.0)
-            weight = tl.load(weight_ptrs, mask=offs_d[:, None] < D - start, other=0.0)
-        z = tl.dot(hidden, weight, z, input_precision="ieee")
-        hidden_ptrs += BLOCK_D
-        weight_ptrs += BLOCK_D
-
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    per_tau = tl.load(inverse_temperature_ptr + offs_c, mask=mask_c, other=1.0)
-    l, slope = transform(z, scale, softcap, per_tau[:, None], SOFTCAP)
-    d = l - tl.load(anchor_ptr + offs_c, mask=mask_c, other=0.0)[:, None]
-    target = tl.load(targets_ptr + offs_c, mask=mask_c, other=-1)
-    keep = (offs_v[None, :] < V) & (offs_v[None, :] != target[:, None])
-    e = tl.where(keep, tl.exp(d), 0.0)
-
-    partial_ptrs = partial_ptr + pid_v.to(tl.int64) * C + offs_c
-    plane = tiles_v.to(tl.int64) * C
-    if MODE != GRADIENT:
-        tl.store(partial_ptrs, tl.sum(e, axis=1), mask=mask_c)
-        partial_ptrs += plane
-        if ENTROPY:
-            tl.store(partial_ptrs, tl.sum(weigh(e, d), axis=1), mask=mask_c)
-            partial_ptrs += plane
-    if MODE != SUMS:
-        if MODE == GRADIENT:
-            alpha = tl.load(alpha_ptr + offs_c, mask=mask_c, other=0.0)[:, None]
-            beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)[:, None]
-            # Centred before it is scaled: alpha would else hold a large number that beta d cancels.
-            centre = tl.load(centre_ptr + offs_c, mask=mask_c, other=0.0)[:, None]
-            value = weigh(e * slope, alpha + beta * (d + centre))
-        else:
-            value = tl.minimum(e, STORE_LIMIT) * slope
-        rounded = value.to(out_ptr.dtype.element_ty)
-        tl.store(partial_ptrs, tl.sum(value - rounded.to(tl.float32), axis=1), mask=mask_c)
-        out_ptrs = out_ptr + offs_c[:, None] * columns + offs_v[None, :]
-        tl.store(out_ptrs, rounded, mask=mask_c[:, None] & (offs_v[None, :] < columns))
+        done += step
+        pid_c, pid_v = tile_place(done, tiles_c, tiles_v, GROUP_C)
+        rows = pid_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+        parts = split(z, SPLIT)
+        for part in tl.static_range(SPLIT):
+            tile_v = pid_v * SPLIT + part
+            offs_v = tile_v.to(tl.int64) * BLOCK_PART + tl.arange(0, BLOCK_PART)
+            rounded = finish(
+                parts[part], rows, rows < C, offs_v, partial_ptr + tile_v.to(tl.int64) * C + rows,
+                (tiles_v * SPLIT).to(tl.int64) * C, V, scale, softcap, bias_ptr, targets_ptr,
+                anchor_ptr, inverse_temperature_ptr, alpha_ptr, beta_ptr, centre_ptr, dtype,
+                HAS_BIAS, SOFTCAP, ENTROPY, MODE,
+            )  # fmt: skip
+            if MODE != SUMS:
+                out.store([pid_c * BLOCK_C, tile_v * BLOCK_PART], rounded)
 
 
 @triton.jit(do_not_specialize=["C", "tiles"])
 def _reduce_kernel(
-    partial_ptr, sums_ptr, C, tiles, BLOCK_C: tl.constexpr, BLOCK_TILES: tl.constexpr
-):
-    """float64 sum of one plane of partials over the tiles, in an order that depends on them alone.
+    partial_ptr, sums_ptr, rows_ptr, count_ptr, C, tiles,
+    BLOCK_C: tl.constexpr, BLOCK_TILES: tl.constexpr, LISTED: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """One plane of partials over the tiles, in an order that depends on them alone: their maximum
+    in TOP, else their sum in float64.
 
     The entropy is a difference of two such sums, which may be ten times as large as it.
     """
-    offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    plane = tl.program_id(1).to(tl.int64)
-    partial_ptr += plane * tiles * C
-    total = tl.zeros((BLOCK_TILES, BLOCK_C), dtype=tl.float64)
-    for start in range(0, tiles, BLOCK_TILES):
-        offs_tile = start + tl.arange(0, BLOCK_TILES).to(tl.int64)
-        mask = (offs_tile[:, None] < tiles) & mask_c[None, :]
-        total += tl.load(
-            partial_ptr + offs_tile[:, None] * C + offs_c[None, :], mask=mask, other=0.0
-        )
-    tl.store(sums_ptr + plane * C + offs_c, tl.sum(total, axis=0), mask=mask_c)
+    count = C
+    if LISTED:
+        count = tl.load(count_ptr).to(tl.int32)
+    place = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = place < count
+    if tl.program_id(0) * BLOCK_C < count:
+        rows = place
+        if LISTED:
+            rows = tl.load(rows_ptr + place, mask=mask_c, other=0)
+        plane = tl.program_id(1).to(tl.int64)
+        partial_ptr += plane * tiles * C
+        dtype: tl.constexpr = sums_ptr.dtype.element_ty
+        total = tl.full((BLOCK_TILES, BLOCK_C), LOWEST if MODE == TOP else 0.0, dtype)
+        for start in range(0, tiles, BLOCK_TILES):
+            offs_tile = start + tl.arange(0, BLOCK_TILES).to(tl.int64)
+            mask = (offs_tile[:, None] < tiles) & mask_c[None, :]
+            partial_ptrs = partial_ptr + offs_tile[:, None] * C + place[None, :]
+            if MODE == TOP:
+                total = tl.maximum(total, tl.load(partial_ptrs, mask=mask, other=LOWEST))
+            else:
+                total += tl.load(partial_ptrs, mask=mask, other=0.0)
+        result = tl.max(total, axis=0) if MODE == TOP else tl.sum(total, axis=0)
+        tl.store(sums_ptr + plane * C + rows, result, mask=mask_c)
 
 
-@triton.jit
-def _row_logits(
-    hidden_ptr, weight_ptr, bias_ptr, offs_v, V, D, stride_weight_v,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Raw logits of one row in the columns offs_v, 0 beyond V."""
-    mask_v = offs_v < V
-    z = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        hidden = tl.load(hidden_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        weight_ptrs = weight_ptr + offs_v[:, None] * stride_weight_v + offs_d[None, :]
-        weight = tl.load(weight_ptrs, mask=mask_v[:, None] & mask_d[None, :], other=0.0)
-        z += tl.sum(weight.to(tl.float32) * hidden[None, :], axis=1)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    return z
+class RowList(NamedTuple):
+    """Rows listed on the device: the first count entries of rows_C."""
+
+    rows_C: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, mask_C: Tensor) -> "RowList":
+        rows_C = torch.nonzero_static(mask_C, size=len(mask_C), fill_value=0).squeeze(1)
+        return cls(rows_C, mask_C.sum(dtype=torch.int32))
 
 
-@triton.jit(do_not_specialize=["C", "V"])
-def _fix_rows_kernel(
-    hidden_ptr,
-    weight_ptr,
-    bias_ptr,
-    targets_ptr,
-    anchor_ptr,
-    inverse_temperature_ptr,
-    out_ptr,
-    sums_ptr,
-    C,
-    V,
-    D,
-    stride_hidden_c,
-    stride_weight_v,
-    columns,
-    scale,
-    softcap,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MODE: tl.constexpr,
-):
-    """One program per row: returns at once unless the row's sum is out of range, else takes the
-    row's maximum for its anchor and redoes its sums and its stored entries."""
-    row = tl.program_id(0).to(tl.int64)
-    # Written so that NaN takes the branch.
-    if (tl.load(sums_ptr + row) <= SUM_LIMIT) == 0:
-        hidden_ptr += row * stride_hidden_c
-        out_ptr += row * columns
-        target = tl.load(targets_ptr + row)
-        per_tau = tl.load(inverse_temperature_ptr + row)
-        top = LOWEST + 0.0
-        s = 0.0
-        u = 0.0
-        for start in range(0, V, BLOCK_V):
-            offs_v = start + tl.arange(0, BLOCK_V).to(tl.int64)
-            z = _row_logits(
-                hidden_ptr, weight_ptr, bias_ptr, offs_v, V, D, stride_weight_v,
-                BLOCK_V, BLOCK_D, HAS_BIAS,
-            )  # fmt: skip
-            l, slope = transform(z, scale, softcap, per_tau, SOFTCAP)
-            l = tl.where(offs_v < V, l, LOWEST)
-            new_top = tl.maximum(top, tl.max(l, axis=0))
-            e = tl.where((offs_v < V) & (offs_v != target), tl.exp(l - new_top), 0.0)
-            decay = tl.exp(top - new_top)
-            if ENTROPY:
-                u = decay * (u + (top - new_top) * s) + tl.sum(weigh(e, l - new_top), axis=0)
-            s = decay * s + tl.sum(e, axis=0)
-            top = new_top
-        tl.store(anchor_ptr + row, top)
-        tl.store(sums_ptr + row, s)
-        sums_ptr += C
-        if ENTROPY:
-            tl.store(sums_ptr + row, u)
-            sums_ptr += C
-        if MODE == STORE:
-            residue = 0.0
-            for start in range(0, V, BLOCK_V):
-                offs_v = start + tl.arange(0, BLOCK_V).to(tl.int64)
-                z = _row_logits(
-                    hidden_ptr, weight_ptr, bias_ptr, offs_v, V, D, stride_weight_v,
-                    BLOCK_V, BLOCK_D, HAS_BIAS,
-                )  # fmt: skip
-                l, slope = transform(z, scale, softcap, per_tau, SOFTCAP)
-                keep = (offs_v < V) & (offs_v != target)
-                value = tl.where(keep, tl.exp(l - top), 0.0) * slope
-                rounded = value.to(out_ptr.dtype.element_ty)
-                residue += tl.sum(value - rounded.to(tl.float32), axis=0)
-                tl.store(out_ptr + offs_v, rounded, mask=offs_v < columns)
-            tl.store(sums_ptr + row, residue)
+def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _launch_head(
     hidden_CD, targets_C, inverse_temperature_C, anchor_C, row_terms, head, entropy, store_CV, mode,
+    sums, listed=None, variant=None,
 ):  # fmt: skip
-    """Runs the GEMM kernel in one mode; returns the sums of its planes, [planes, C].
+    """Runs the GEMM kernel in one mode and reduces its planes into sums, [planes, C].
 
     row_terms: (alpha, beta, centre) of GRADIENT. A pointer that a mode does not read is given any
     tensor of the type it has elsewhere.
@@ -333,37 +290,30 @@ def _launch_head(
     weight_VD, bias_V = head.weight_VD, head.bias_V
     V = weight_VD.shape[0]
     aligned = is_aligned(hidden_CD, weight_VD)
-    capped_gradient = mode == GRADIENT.value and bool(head.softcap)
-    arch = architecture(hidden_CD.device)
-    config = launch_config(arch, hidden_CD.dtype, aligned, capped_gradient)
-    tiles_c, tiles_v = triton.cdiv(C, config.BLOCK_C), triton.cdiv(V, config.BLOCK_V)
-    planes = (mode != GRADIENT.value) * (1 + entropy) + (mode != SUMS.value)
-    partial = hidden_CD.new_empty((planes, tiles_v, C), dtype=torch.float32)
-    sums = hidden_CD.new_empty((planes, C), dtype=torch.float64)
-    out = partial if store_CV is None else store_CV
-    _head_kernel[(tiles_c * tiles_v,)](
-        hidden_CD,
-        weight_VD,
-        weight_VD if bias_V is None else bias_V,
-        targets_C,
-        anchor_C,
-        inverse_temperature_C,
-        *(row_terms or (anchor_C, anchor_C, anchor_C)),
-        out,
-        partial,
-        C,
-        V,
-        D,
-        hidden_CD.stride(0),
-        weight_VD.stride(0),
-        ALIGNMENT if store_CV is None else store_CV.shape[1],
-        head.logit_scale,
-        head.softcap,
+    device = hidden_CD.device
+    config = launch_config(
+        architecture(device), hidden_CD.dtype, aligned, mode == GRADIENT.value, bool(head.softcap),
+        variant if listed is None else "pointers",
+    )  # fmt: skip
+    planes, tiles = len(sums), config.tiles(V)
+    partial = hidden_CD.new_empty((planes, tiles, C), dtype=torch.float32)
+    # Any matrix whose rows a descriptor may describe, where none is written.
+    out = weight_VD if store_CV is None else store_CV
+    columns = ALIGNMENT if store_CV is None else store_CV.shape[1]
+    vectors = (
+        weight_VD if bias_V is None else bias_V, targets_C, anchor_C, inverse_temperature_C,
+        *(row_terms or (anchor_C, anchor_C, anchor_C)), partial,
+    )  # fmt: skip
+    sizes = (
+        C, V, D, hidden_CD.stride(0), weight_VD.stride(0), columns, head.logit_scale, head.softcap
+    )  # fmt: skip
+    rows_C, count = (targets_C, targets_C) if listed is None else listed
+    constants = dict(
         BLOCK_C=config.BLOCK_C,
         BLOCK_V=config.BLOCK_V,
         BLOCK_D=config.BLOCK_D,
         GROUP_C=config.GROUP_C,
-        EVEN_D=aligned,
+        SPLIT=config.SPLIT,
         HAS_BIAS=bias_V is not None,
         SOFTCAP=bool(head.softcap),
         ENTROPY=entropy,
@@ -372,10 +322,32 @@ def _launch_head(
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
-    _reduce_kernel[(triton.cdiv(C, BLOCK_REDUCE), planes)](
-        partial, sums, C, tiles_v, BLOCK_C=BLOCK_REDUCE, BLOCK_TILES=BLOCK_REDUCE, num_warps=4
-    )
-    return sums
+    grid = (programs(config, C, V, device, persistent=listed is not None),)
+    if config.loads == "pointers":
+        _head_kernel[grid](
+            hidden_CD, weight_VD, out, *vectors, rows_C, count, *sizes,
+            EVEN_D=aligned, LISTED=listed is not None, **constants,
+        )  # fmt: skip
+    else:
+        matrices = hidden_CD, weight_VD, out
+        if config.loads == "tma":
+            blocks = (
+                [config.BLOCK_C, config.BLOCK_D],
+                [config.BLOCK_V, config.BLOCK_D],
+                [config.BLOCK_C, config.BLOCK_V // config.SPLIT],
+            )
+            matrices = map(TensorDescriptor.from_tensor, matrices, blocks)
+        else:
+            # Per thread, and autograd has threads of its own.
+            triton.set_allocator(_allocate)
+        _head_tma_kernel[grid](
+            *matrices, *vectors, *sizes, SPECIALIZED=config.loads == "specialized", **constants,
+        )  # fmt: skip
+    if planes:
+        _reduce_kernel[(triton.cdiv(C, BLOCK_REDUCE), planes)](
+            partial, sums, rows_C, count, C, tiles, BLOCK_C=BLOCK_REDUCE, BLOCK_TILES=BLOCK_REDUCE,
+            LISTED=listed is not None, MODE=mode, num_warps=4,
+        )  # fmt: skip
 
 
 def forward_chunk(
@@ -396,43 +368,18 @@ def forward_chunk(
     times 1 - tanh^2 under softcap, with 0 in the target and padding columns; rounded_C is then s_C
     less what rounding took from the row, for a target coefficient that makes it sum to zero.
     """
-    C, D = hidden_CD.shape
-    weight_VD, bias_V = head.weight_VD, head.bias_V
-    V = weight_VD.shape[0]
     inverse_temperature_C = inverse_temperature(temperature_C, hidden_CD)
     mode = SUMS.value if store_CV is None else STORE.value
-    sums = _launch_head(
-        hidden_CD, targets_C, inverse_temperature_C, anchor_C, None, head, entropy, store_CV, mode,
-    )  # fmt: skip
-    # A row of NaN is NaN whatever is done: its anchor says so, and a redo would only take long.
-    sums[0].masked_fill_(anchor_C.isnan(), 0.0)
-    _fix_rows_kernel[(C,)](
-        hidden_CD,
-        weight_VD,
-        weight_VD if bias_V is None else bias_V,
-        targets_C,
-        anchor_C,
-        inverse_temperature_C,
-        anchor_C if store_CV is None else store_CV,
-        sums,
-        C,
-        V,
-        D,
-        hidden_CD.stride(0),
-        weight_VD.stride(0),
-        ALIGNMENT if store_CV is None else store_CV.shape[1],
-        head.logit_scale,
-        head.softcap,
-        BLOCK_V=BLOCK_FIX_V,
-        BLOCK_D=BLOCK_FIX_D,
-        HAS_BIAS=bias_V is not None,
-        SOFTCAP=bool(head.softcap),
-        ENTROPY=entropy,
-        MODE=mode,
-        num_warps=FIX_WARPS,
-        num_stages=2,
-        enable_fp_fusion=True,
-    )
+    planes = 1 + entropy + (store_CV is not None)
+    sums = hidden_CD.new_empty((planes, len(hidden_CD)), dtype=torch.float64)
+    operands = hidden_CD, targets_C, inverse_temperature_C, anchor_C, None, head, entropy, store_CV
+    _launch_head(*operands, mode, sums)
+    # Written so that NaN is out of range. A row whose anchor is NaN stays so whatever is done.
+    again = RowList.of(~(sums[0] <= SUM_LIMIT) & ~anchor_C.isnan())
+    # Two more products over the rows out of range, of which there normally are none, by the same
+    # kernel in every mode: the maximum becomes the anchor.
+    _launch_head(*operands[:-2], False, None, TOP.value, anchor_C[None], again)
+    _launch_head(*operands, mode, sums, again)
     return ChunkSums(
         s_C=sums[0],
         u_C=sums[1] if entropy else None,
@@ -474,10 +421,11 @@ def gradient_chunk(
     if head.softcap:
         t_C = t_C * target_slope(stats.logp + stats.lse, inverse_temperature_C, head.softcap)
     factor_C = scale_C * per_total_C
-    sums = _launch_head(
+    sums = hidden_CD.new_empty((1, len(hidden_CD)), dtype=torch.float64)
+    _launch_head(
         hidden_CD, targets_C, inverse_temperature_C, anchor_C,
         tuple(x.float() for x in (-gap_C * factor_C, beta_C * factor_C, centre_C)),
-        head, False, store_CV, GRADIENT.value,
+        head, False, store_CV, GRADIENT.value, sums,
     )  # fmt: skip
     return (t_C * scale_C + sums[0]).float()
 
@@ -485,3 +433,15 @@ def gradient_chunk(
 def target_slope(target_logit_C: Tensor, inverse_temperature_C: Tensor, softcap: float) -> Tensor:
     """1 - tanh^2 of the target's logit, from its transformed value."""
     return 1.0 - (target_logit_C / (inverse_temperature_C * softcap)) ** 2
+
+
+def product(
+    hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor, variant: str | None = None
+) -> None:
+    """out_CV = hidden weight^T by a variant's tile and loop, with nothing after it: what that loop
+    can do, for a benchmark to set the whole kernel against. out_CV has hidden's dtype."""
+    any_C = torch.zeros(len(hidden_CD), dtype=torch.float32, device=hidden_CD.device)
+    _launch_head(
+        hidden_CD, any_C.long(), any_C, any_C, None, Head(weight_VD, None, 0.0, 1.0), False, out_CV,
+        PRODUCT.value, any_C[:0], variant=variant,
+    )  # fmt: skip

@@ -17,10 +17,10 @@ from r1kernels._triton.common import (
     dtype_refusal,
     inverse_temperature,
 )
+from r1kernels._triton.head_configs import launch_config
 from r1kernels._triton.head_kernels import (
     forward_chunk,
     gradient_chunk,
-    launch_config,
     padded,
     store_dtype,
     target_slope,
@@ -52,7 +52,7 @@ class HeadChunk:
     def bytes_per_row(head) -> int:
         V, D = head.weight_VD.shape
         dtype = head.weight_VD.dtype
-        tiles = -(-V // launch_config(architecture(head.weight_VD.device), dtype, False).BLOCK_V)
+        tiles = launch_config(architecture(head.weight_VD.device), dtype, False).tiles(V)
         # the stored row, three planes of partial sums, a float32 row of dhidden
         return padded(V) * store_dtype(dtype).itemsize + 12 * tiles + 4 * D
 

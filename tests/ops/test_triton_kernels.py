@@ -6,11 +6,10 @@ from numerics import assert_no_worse, relative_error
 
 pytest.importorskip("triton", reason="needs Triton")
 from r1kernels import linear_logp, token_logp
-from r1kernels._triton import head_kernels as head_kernels
+from r1kernels._triton import head_configs, head_kernels, target_kernels
 from r1kernels._triton import linear_logp as triton_head
-from r1kernels._triton import target_kernels
 from r1kernels._triton import token_logp as triton_token
-from r1kernels._triton.common import INTERPRETED
+from r1kernels._triton.common import INTERPRETED, architecture
 from r1kernels.backend import use_backend
 from r1kernels.chunked_head import Gradients, Head, Rows
 from r1kernels.reference.linear_logp import linear_logp as reference_linear
@@ -89,6 +88,34 @@ def chunk_of(hidden, weight, targets, prior=None, entropy=True, softcap=0.0):
     head = Head(weight, None, softcap, 1.0)
     rows = Rows(hidden, targets, None, prior)
     return triton_head.HeadChunk(head, len(targets), entropy, entropy), rows, head
+
+
+ARCH = architecture(torch.device(DEVICE))
+VARIANTS = [name for name, archs in head_configs.VARIANTS.items() if ARCH in archs]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", [x for x in VARIANTS if x != head_configs.CHOICE.get(ARCH)])
+def test_variants_are_no_worse_than_eager(variant, dtype, monkeypatch):
+    monkeypatch.setitem(head_configs.CHOICE, ARCH, variant)
+    # Three blocks of rows and three of columns, the last ones partial; two programs or four.
+    test_linear_logp_is_no_worse_than_eager(33, 131, 64, 15.0, True, True, dtype)
+    test_linear_logp_is_no_worse_than_eager(1, 17, 64, None, False, False, dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_modes_of_a_variant_agree_bitwise(variant, monkeypatch):
+    monkeypatch.setitem(head_configs.CHOICE, ARCH, variant)
+    hidden, weight, targets, _ = problem(33, 131, 64, DTYPES[-1])
+    hidden, weight = exact(hidden), exact(weight)
+    weight[targets[1]] = -hidden[1] * 4
+    chunk, rows, _ = chunk_of(hidden, weight, targets)
+    plain = chunk.forward(rows, keep=False)
+    for found, kept in zip(plain, chunk.forward(rows, keep=True), strict=True):
+        assert torch.equal(found, kept)
+    out = torch.empty(33, 144, dtype=hidden.dtype, device=DEVICE)
+    head_kernels.product(hidden, weight, out, variant)
+    assert_no_worse(out[:, :131], hidden @ weight.T, hidden.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -282,7 +309,7 @@ def test_refusals_name_the_reason():
 def test_one_tile_per_mode_and_a_stored_row_that_fits():
     for arch in (80, 90, 100):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            config = head_kernels.launch_config(arch, dtype)
+            config = head_configs.launch_config(arch, dtype)
             # is_aligned promises D % 64 == 0 to the loop that loads without a mask.
             assert 64 % config.BLOCK_D == 0
     assert head_kernels.store_dtype(torch.float16) == torch.float32
