@@ -3,6 +3,7 @@
 python -m benchmarks.run --suite cpu --json benchmarks/results/cpu.jsonl
 python -m benchmarks.run --suite gpu --minutes 8 --out DIR [--full]
 python -m benchmarks.run --suite rl --json benchmarks/results/rl.jsonl
+python -m benchmarks.run --suite dropin
 python -m benchmarks.report
 """
 
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT
 
-MINUTES = {"cpu": 12.0, "gpu": 8.0, "rl": 8.0}
-THREADS = {"cpu": 2, "gpu": 4, "rl": 2}
+MINUTES = {"cpu": 12.0, "gpu": 8.0, "rl": 8.0, "dropin": 5.0}
+THREADS = {"cpu": 2, "gpu": 4, "rl": 2, "dropin": 2}
 BUILD_TIMEOUT = 240.0
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--providers", help="comma-separated; name, or module:attribute for one of your own"
     )
-    parser.add_argument("--modes", help="cpu and gpu suites: comma-separated modes")
+    parser.add_argument("--modes", help="all suites but rl: comma-separated modes")
     parser.add_argument(
         "--minutes", type=float, help="wall time: aimed at (12 for cpu, 8 for rl), kept (8 for gpu)"
     )
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks import cpu_suite as suite
     elif args.suite == "rl":
         from benchmarks import rl_suite as suite
+    elif args.suite == "dropin":
+        from benchmarks import dropin_suite as suite
     else:
         from benchmarks import gpu_suite as suite
 

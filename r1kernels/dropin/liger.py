@@ -1,10 +1,12 @@
 """Liger's fused linear GRPO loss."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r1kernels.check import choice
+from r1kernels.check import IGNORE, choice
 from r1kernels.linear_logp import linear_logp
 from r1kernels.linear_policy_loss import linear_policy_loss
 from r1kernels.objective import PolicyObjective
@@ -15,6 +17,7 @@ AGGREGATION = {
     "bnpo": "token_mean",
     "dapo": "token_mean",
     "cispo": "token_mean",
+    "vespo": "token_mean",
     "dr_grpo": "seq_mean_token_sum_norm",
     "luspo": "seq_mean_token_sum",
 }
@@ -24,10 +27,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     """(loss, metrics) of a policy-gradient objective from hidden states, gradients included.
 
     The options are those of liger-kernel 0.8.5; here they become a `PolicyObjective`. compiled and
-    chunk_size have no effect. Refused, with a ValueError that says so: loss_type "vespo"; "luspo"
-    other than with sequence ratios and without KL, because there the original averages padding;
-    epsilon_high below 1 for "cispo", where it is the cap of the ratio; delta below 1.
-    Log-ratios are clamped to +-20, which the original does not do.
+    chunk_size have no effect. Refused, with a ValueError that says so: loss_type "luspo" other than
+    with sequence ratios and without KL, because there the original averages padding; epsilon_high
+    below 1 for "cispo", where it is the cap of the ratio; delta below 1. "vespo" needs every
+    log-probability of a sequence before the first coefficient, and takes one more forward.
+    Log-ratios are clamped to +-20, which the original does for "vespo" alone.
     """
 
     def __init__(
@@ -62,12 +66,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
         Raises: ValueError on an option that has no counterpart.
         """
-        if self.loss_type == "vespo":
-            raise ValueError("loss_type 'vespo' has no counterpart in PolicyObjective")
         choice("loss_type", self.loss_type, tuple(AGGREGATION))
         level = self.importance_sampling_level
         choice("importance_sampling_level", level, ("token", "sequence"))
-        if level == "sequence" and self.loss_type in ("cispo", "sapo"):
+        if level == "sequence" and self.loss_type in ("cispo", "sapo", "vespo"):
             raise ValueError(
                 f"importance_sampling_level 'sequence' is not for loss_type {self.loss_type!r}"
             )
@@ -89,6 +91,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         elif self.loss_type == "sapo":
             heat = (self.sapo_temperature_pos, self.sapo_temperature_neg)
             options = {"surrogate": "sapo", "sapo_temperature": heat}
+        elif self.loss_type == "vespo":
+            options = {"surrogate": "reinforce"}
         else:
             # min(min(r, delta) A, clip(r) A): the lower of the two bounds holds A > 0, the upper
             # one A < 0.
@@ -136,30 +140,33 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             ref_per_token_logps, old_per_token_logps: [B, S]. Without old ones the ratio is 1.
             ref_input, ref_weight, ref_bias: the reference model's head, where it has no
                 log-probabilities yet.
-            vllm_is_ratio: [B], [B, 1] or [B, S], not below 0: multiplies the loss, not the KL.
-            num_items_in_batch: the divisor of "dapo" and "cispo" before it is shared by processes.
+            vllm_is_ratio: [B], [B, 1] or [B, S], not below 0: multiplies the loss, not the KL; a
+                factor of VESPO's sequence ratio.
+            num_items_in_batch: the divisor of "dapo", "cispo" and "vespo", over all processes.
 
         Raises: ValueError as `objective`, and when use_ref_model has nothing to refer to.
         """
         B, S = attention_mask.shape
         mask = attention_mask.bool()
-        targets = torch.where(mask, selected_token_ids, 0)
+        targets = selected_token_ids.masked_fill(~mask, IGNORE)
+
+        def logp(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            with torch.no_grad():
+                weight = weight.to(hidden.dtype)
+                return linear_logp(
+                    hidden, weight, targets, bias=bias, temperature=self.temperature
+                ).logp
+
         logp_ref = ref_per_token_logps if self.use_ref_model else None
         if self.use_ref_model and logp_ref is None:
             if ref_input is None:
-                raise ValueError(
-                    "use_ref_model needs ref_per_token_logps or ref_input, got neither"
-                )
-            head = (ref_weight.to(ref_input.dtype), targets.masked_fill(~mask, -100))
-            with torch.no_grad():
-                logp_ref = linear_logp(
-                    ref_input, *head, bias=ref_bias, temperature=self.temperature
-                ).logp
+                raise ValueError("use_ref_model needs ref_per_token_logps or ref_input")
+            logp_ref = logp(ref_input, ref_weight, ref_bias)
         # Relative to itself a policy has no KL and no gradient of it.
         objective = self.objective(0.0 if logp_ref is None else self.beta)
-        scaled = advantages.float()[:, None]
-        if vllm_is_ratio is not None:
-            ratio = vllm_is_ratio[:, None] if vllm_is_ratio.ndim == 1 else vllm_is_ratio
+        ratio = vllm_is_ratio
+        if ratio is not None:
+            ratio = ratio[:, None] if ratio.ndim == 1 else ratio
             if ratio.ndim != 2 or ratio.shape not in ((B, 1), (B, S)):
                 raise ValueError(
                     f"vllm_is_ratio must be [{B}], [{B}, 1] or [{B}, {S}], "
@@ -167,8 +174,12 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 )
             if self.loss_type == "luspo" and ratio.shape[1] != 1:
                 raise ValueError("vllm_is_ratio must be one per sequence for loss_type 'luspo'")
-            # Every surrogate is linear in |A|.
-            scaled = scaled * ratio
+        if self.loss_type == "vespo":
+            old = old_per_token_logps
+            gap = 0.0 if old is None else logp(_input, lin_weight, bias) - old.float()
+            ratio = self._gamma(torch.where(mask, gap, 0.0), mask, advantages, ratio)
+        # Every surrogate is linear in |A|.
+        scaled = advantages.float()[:, None] * (1.0 if ratio is None else ratio)
         out = linear_policy_loss(
             _input,
             lin_weight.to(_input.dtype),
@@ -184,8 +195,23 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         )
         return out.loss, self._metrics(out.logp, mask, advantages, old_per_token_logps, logp_ref)
 
+    def _gamma(
+        self, log_ratio: Tensor, mask: Tensor, advantages: Tensor, ratio: Tensor | None
+    ) -> Tensor:
+        """VESPO's weight of a sequence [B, 1]: exp(lambda (1 - w)) w^k of its ratio w."""
+        floor = math.log(1e-8)
+        log_w = log_ratio.clamp(-20, 20).sum(1, keepdim=True)
+        if ratio is not None:
+            log_is = ratio.float().log().clamp(floor, 20)
+            log_w = log_w + (log_is if log_is.shape[1] == 1 else log_is * mask).sum(1, keepdim=True)
+        log_w = log_w.clamp(floor, 20)
+        positive = advantages[:, None] >= 0
+        k = torch.where(positive, self.vespo_k_pos, self.vespo_k_neg)
+        rate = torch.where(positive, self.vespo_lambda_pos, self.vespo_lambda_neg).clamp(min=1e-4)
+        return (rate + k * log_w - rate * log_w.exp()).exp()
+
     def _normalizer(self, mask: Tensor, count: float | Tensor | None) -> Tensor | None:
-        if self.loss_type not in ("dapo", "cispo"):
+        if self.loss_type not in ("dapo", "cispo", "vespo"):
             return None
         spread = dist.is_available() and dist.is_initialized()
         if count is None:
@@ -214,7 +240,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         positive, negative = advantages[:, None] > 0, advantages[:, None] < 0
         if self.loss_type == "cispo":
             clipped = positive & (ratio > self.epsilon_high)
-        elif self.loss_type == "sapo":
+        elif self.loss_type in ("sapo", "vespo"):
             clipped = torch.zeros_like(mask)
         else:
             clipped = (positive & (ratio > 1 + self.epsilon_high)) | (
