@@ -65,7 +65,7 @@ def cells(quick: bool = False, full: bool = False) -> list[Cell]:
             *(Cell(shape=tiny, mode=mode, providers=providers) for mode in GPU_MODES),
             *(replace(cell, shape=Shape(64, 1, 512, 64)) for cell in logits_cells(64, 512)),
         ]
-    whole = ("floor_whole", "eager", "compile", *EVERY_PEER)
+    whole = ("floor_whole", "triton_invariant", "eager", "compile", *EVERY_PEER)
     some = ("eager", *QUICK_PEERS)
     found = [
         replace(head_cell(32768, LLAMA, "forward_backward", whole), variants=True),

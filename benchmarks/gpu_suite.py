@@ -322,7 +322,7 @@ class Suite:
 
 def often(spec: str, provider: Provider) -> bool:
     """Whether a provider has a turn in every round: what the rows' ratios are made of."""
-    return provider.is_floor or (provider.is_ours and "@" not in spec)
+    return provider.is_floor or spec == provider.backend
 
 
 def providers_of(cell: Cell) -> dict[str, Provider]:
@@ -345,11 +345,13 @@ def chosen(cell: Cell, device: str, providers: list[str] | None) -> Cell:
     """The cell with the providers asked for and the floor; ours are those of the device."""
     ours = ("native",) if device == "cpu" else ("triton", "cuda")
     known = LOGITS_PROVIDERS if cell.kind == "logits" else PROVIDERS
-    specs = [
-        spec
-        for spec in (["floor", *providers] if providers else cell.providers)
-        if ":" in spec or (spec in known and (spec in ours or not known[spec].is_ours))
-    ]
+
+    def runs(spec: str) -> bool:
+        here = known.get(spec)
+        return here is not None and (not here.is_ours or here.backend in ours)
+
+    asked = ["floor", *providers] if providers else cell.providers
+    specs = [spec for spec in asked if ":" in spec or runs(spec)]
     dtype = "float32" if device == "cpu" else cell.dtype
     return dataclasses.replace(cell, providers=tuple(dict.fromkeys(specs)), dtype=dtype)
 

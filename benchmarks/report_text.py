@@ -9,6 +9,7 @@ LABELS = {
     "native_invariant": "r1kernels, batch invariant",
     "triton": "r1kernels, Triton",
     "cuda": "r1kernels, CUDA",
+    "triton_invariant": "r1kernels, Triton, batch invariant",
     "reference": "r1kernels reference",
     "eager": "eager torch",
     "compile": "torch.compile",
