@@ -29,8 +29,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from r1kernels._triton import common
 from r1kernels._triton import head_configs as configs
 from r1kernels._triton import head_kernels as head
+from r1kernels._triton import kept_logp as kept
 from r1kernels._triton import product_kernels as product
 from r1kernels._triton import target_kernels as target
 from r1kernels._triton import token_logp as token
@@ -49,6 +51,8 @@ MODES = {
 }
 BIAS_SOFTCAP = ["HAS_BIAS", "SOFTCAP"]
 SOFTCAP_ENTROPY = ["SOFTCAP", "ENTROPY"]
+KEPT_LOGITS = {"BLOCK_N": kept.BLOCK_LOGITS_N, "BLOCK_D": kept.BLOCK_LOGITS_D}
+KEPT_SUM = {"BLOCK_N": kept.BLOCK_SUM_N, "BLOCK_D": kept.BLOCK_SUM_D}
 SEGMENT = {"BLOCK_T": target.BLOCK_SEGMENT_T, "BLOCK_D": target.BLOCK_SEGMENT_D}
 WORKERS = 2
 
@@ -65,6 +69,10 @@ PARAMETERS = {
     "sums_ptr": "*fp64",
     "targets_ptr": "*i64",
     "order_ptr": "*i64",
+    "offsets_ptr": "*i64",
+    "starts_ptr": "*i64",
+    "ids_ptr": "*i32",
+    "exact_ptr": "*fp64",
     "ends_ptr": "*i64",
     "rows_ptr": "*i64",
     "count_ptr": "*i32",
@@ -122,10 +130,13 @@ def builds(arch: int) -> Iterator[Build]:
             (target, "_add_target_weight_kernel", SEGMENT, [], 4),
             (token, "_token_logp_fwd_kernel", {"BLOCK_V": token.BLOCK_V}, SOFTCAP_ENTROPY, 8),
             (token, "_token_logp_bwd_kernel", {"BLOCK_V": token.BLOCK_V}, ["SOFTCAP"], 8),
+            (kept, "_kept_logits_kernel", KEPT_LOGITS, BIAS_SOFTCAP, kept.NUM_WARPS),
+            (kept, "_kept_dhidden_kernel", KEPT_SUM, [], kept.NUM_WARPS),
+            (kept, "_kept_dweight_kernel", KEPT_SUM, ["HAS_BIAS"], kept.NUM_WARPS),
         ]
         for module, kernel, blocks, names, warps in rows:
             for flags in _settings(names, single=False, off=aligned):
-                out = x if module is token else "fp32"
+                out = x if module in (token, kept) else "fp32"
                 options = {"num_warps": warps}
                 yield Build(
                     module.__name__, kernel, arch, x, out, {**blocks, **flags}, options, aligned
@@ -147,6 +158,11 @@ def builds(arch: int) -> Iterator[Build]:
         yield Build(
             head.__name__, "_reduce_kernel", arch, "fp32", out, blocks | flags, options, False
         )
+    for module, kernel, blocks in (
+        (kept, "_kept_softmax_kernel", {"BLOCK_N": kept.BLOCK_SOFTMAX_N}),
+        (common, "_finish_rows_kernel", {"BLOCK_T": common.BLOCK_ROWS}),
+    ):
+        yield Build(module.__name__, kernel, arch, "fp32", "fp32", blocks, {"num_warps": 4}, False)
 
 
 def _head_builds(arch: int, dtype: torch.dtype, variant: str, aligned: bool) -> Iterator[Build]:

@@ -182,4 +182,75 @@ PYBIND11_MODULE(_C, m) {
       py::arg("softcap"), py::arg("temperature"), py::arg("anchor"), py::arg("shift"),
       py::arg("logp_grad"), py::arg("ent_grad"), py::arg("centre"), py::arg("target_grad"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "kept_forward",
+      [](Address hidden, Address weight, int dtype, int64_t rows, int64_t width, int64_t hidden_ld,
+         int64_t weight_ld, Address ids, Address offsets, Address targets, Address bias,
+         float logit_scale, float softcap, Address temperature, bool entropy, Address logits,
+         Address logp, Address entropy_out, Address lse, int threads) {
+        active->kept_forward({{at<const void>(hidden), at<const void>(weight), dtype_of(dtype),
+                               rows, width, hidden_ld, weight_ld, at<const int32_t>(ids),
+                               at<const int64_t>(offsets), at<const int64_t>(targets)},
+                              at<const float>(bias),
+                              {logit_scale, softcap, at<const float>(temperature)},
+                              entropy,
+                              at<float>(logits),
+                              at<double>(logp),
+                              at<double>(entropy_out),
+                              at<double>(lse)},
+                             threads);
+      },
+      py::arg("hidden"), py::arg("weight"), py::arg("dtype"), py::arg("rows"), py::arg("width"),
+      py::arg("hidden_ld"), py::arg("weight_ld"), py::arg("ids"), py::arg("offsets"),
+      py::arg("targets"), py::arg("bias"), py::arg("logit_scale"), py::arg("softcap"),
+      py::arg("temperature"), py::arg("entropy"), py::arg("logits"), py::arg("logp"),
+      py::arg("entropy_out"), py::arg("lse"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "kept_backward",
+      [](Address hidden, Address weight, int dtype, int64_t rows, int64_t width, int64_t hidden_ld,
+         int64_t weight_ld, Address ids, Address offsets, Address targets, float logit_scale,
+         float softcap, Address temperature, Address logits, Address anchor, Address shift,
+         Address logp_grad, Address ent_grad, Address centre, Address target_grad, Address dlogits,
+         Address dhidden, int threads) {
+        active->kept_backward({{at<const void>(hidden), at<const void>(weight), dtype_of(dtype),
+                                rows, width, hidden_ld, weight_ld, at<const int32_t>(ids),
+                                at<const int64_t>(offsets), at<const int64_t>(targets)},
+                               {logit_scale, softcap, at<const float>(temperature)},
+                               at<const float>(logits),
+                               at<const float>(anchor),
+                               at<const float>(shift),
+                               at<const float>(logp_grad),
+                               at<const float>(ent_grad),
+                               at<const float>(centre),
+                               at<const float>(target_grad),
+                               at<float>(dlogits),
+                               at<void>(dhidden)},
+                              threads);
+      },
+      py::arg("hidden"), py::arg("weight"), py::arg("dtype"), py::arg("rows"), py::arg("width"),
+      py::arg("hidden_ld"), py::arg("weight_ld"), py::arg("ids"), py::arg("offsets"),
+      py::arg("targets"), py::arg("logit_scale"), py::arg("softcap"), py::arg("temperature"),
+      py::arg("logits"), py::arg("anchor"), py::arg("shift"), py::arg("logp_grad"),
+      py::arg("ent_grad"), py::arg("centre"), py::arg("target_grad"), py::arg("dlogits"),
+      py::arg("dhidden"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "kept_weight",
+      [](Address hidden, int dtype, int64_t segments, int64_t width, int64_t hidden_ld,
+         Address starts, Address order, Address rows, Address ids, Address dlogits, Address dweight,
+         int weight_dtype, Address dbias, int threads) {
+        active->kept_weight(
+            {at<const void>(hidden), dtype_of(dtype), segments, width, hidden_ld,
+             at<const int64_t>(starts), at<const int64_t>(order), at<const int64_t>(rows),
+             at<const int32_t>(ids), at<const float>(dlogits), at<void>(dweight),
+             dtype_of(weight_dtype), at<float>(dbias)},
+            threads);
+      },
+      py::arg("hidden"), py::arg("dtype"), py::arg("segments"), py::arg("width"),
+      py::arg("hidden_ld"), py::arg("starts"), py::arg("order"), py::arg("rows"), py::arg("ids"),
+      py::arg("dlogits"), py::arg("dweight"), py::arg("weight_dtype"), py::arg("dbias"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

@@ -19,7 +19,7 @@ import torch
 
 FOLDERS = {"reference": "reference", "native": "_native", "triton": "_triton", "cuda": "_cuda"}
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("native", "reference")}
-OPS = ("token_logp", "linear_logp")
+OPS = ("token_logp", "linear_logp", "kept_logp")
 
 _log = logging.getLogger("r1kernels")
 _told: set[tuple[str, str, str]] = set()

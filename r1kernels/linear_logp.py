@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from r1kernels.head_inputs import head_inputs
+from r1kernels.kept_logp import kept_logp
 from r1kernels.linear_logp_ops import linear_logp_fwd
 from r1kernels.reference.token_logp import Logp
 
@@ -19,6 +20,7 @@ def linear_logp(
     logit_scale: float = 1.0,
     entropy: bool = False,
     prior: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
     workspace_mb: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> Logp:
@@ -46,6 +48,11 @@ def linear_logp(
         entropy: also return the entropy.
         prior: [...] an earlier log-probability of the targets (the sampler's, the old policy's).
             Any value is safe; a close one spares a GPU the redo of its row.
+        kept: (ids [N] int32 or int64, offsets [T + 1] int64): what a sampler's top-k, top-p or
+            min-p left of each token's distribution. Row t of the T flattened rows is normalised
+            over ids[offsets[t] : offsets[t + 1]], its target among them, in any order; repeats
+            count once. Costs one dot product per id in place of the GEMMs; prior and workspace_mb
+            do nothing then. See docs/ops/kept_logp.md; `r1kernels.sampling` makes such sets.
         workspace_mb: MiB for the logits of a chunk; default 256 on the CPU, 1280 on a GPU.
         weight_grad: [V, D] float32, contiguous, such as a float32 `weight.grad` or Megatron's
             `main_grad`: the backward adds the weight's gradient to it, unrounded and without a
@@ -57,16 +64,18 @@ def linear_logp(
 
     Numerics: float32 logits and exponentials, float64 statistics up to the backward; weight
         gradients accumulate in float32; logp is never above 0. Deterministic.
-    Raises: ValueError on shapes, devices, temperatures or targets out of range; TypeError on
-        dtypes.
+    Raises: ValueError on shapes, devices, temperatures or targets out of range, on the CPU on a
+        kept set without its target (a GPU adds it); TypeError on dtypes.
     Source: docs/ops/linear_logp.md.
     """
     call = head_inputs(
         hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
         workspace_mb, weight_grad,
     )  # fmt: skip
+    shape = targets.shape
+    if kept is not None:
+        return Logp(*(None if x is None else x.view(shape) for x in kept_logp(call, kept, entropy)))
     needs_hidden, *needs_head = call.wants()
     frozen = needs_hidden and not any(needs_head)
     logp_T, entropy_T, lse_T, *_ = linear_logp_fwd(*call, entropy, frozen, workspace_mb)
-    shape = targets.shape
     return Logp(logp_T.view(shape), entropy_T.view(shape) if entropy else None, lse_T.view(shape))

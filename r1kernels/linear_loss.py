@@ -7,10 +7,11 @@ from torch import Tensor
 
 from r1kernels import chunked_head
 from r1kernels.backend import isolated
-from r1kernels.check import describe
+from r1kernels.check import IGNORE, describe
 from r1kernels.chunked_head import Gradients
 from r1kernels.forward_gradients import keep, upstream
 from r1kernels.head_inputs import HeadInputs, gradients, head_inputs, split
+from r1kernels.kept_logp import kept_logp
 from r1kernels.reference.token_logp import Logp
 
 # fn(logp, entropy | None, rows) -> per-token loss
@@ -30,6 +31,7 @@ def linear_loss(
     logit_scale: float = 1.0,
     entropy: bool = False,
     prior: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
     workspace_mb: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> Tensor:
@@ -42,7 +44,7 @@ def linear_loss(
     Args:
         fn: (logp [n] float32, entropy [n] float32 or None, rows [n] int64) -> [n] losses, with rows
             the indices into the flattened leading shape. Tensors that it closes over get no
-            gradient.
+            gradient (with `kept` they do).
         The rest as `linear_logp`, weight_grad as `linear_policy_loss`. Rows with target IGNORE
             (-100) are never seen by `fn`.
 
@@ -55,8 +57,21 @@ def linear_loss(
         hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
         workspace_mb, weight_grad,
     )  # fmt: skip
+    if kept is not None:
+        found = kept_logp(call, kept, entropy)
+        rows = (call.targets_T != IGNORE).nonzero().squeeze(1).to(hidden.device)
+        losses = fn(found.logp[rows], found.entropy[rows] if entropy else None, rows)
+        return _per_token(losses, rows).sum(dtype=torch.float64).float()
     # Asked here: inside, gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
     return _LinearLoss.apply(*call, fn, entropy, call.wants(), workspace_mb)
+
+
+def _per_token(losses: object, like: Tensor) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.shape != like.shape:
+        raise ValueError(
+            f"fn must return one loss per token, shape {list(like.shape)}, got {describe(losses)}"
+        )
+    return losses
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -82,12 +97,7 @@ class _LinearLoss(torch.autograd.Function):
                     if x is not None
                 ]
                 losses = fn(given[0], given[1] if entropy else None, index[part])
-                if not isinstance(losses, Tensor) or losses.shape != given[0].shape:
-                    raise ValueError(
-                        f"fn must return one loss per token, shape {list(given[0].shape)}, "
-                        f"got {describe(losses)}"
-                    )
-                total = losses.sum(dtype=torch.float64)
+                total = _per_token(losses, given[0]).sum(dtype=torch.float64)
                 # A loss that ignores both, or a constant one, has no gradient and is no error.
                 found = (
                     torch.autograd.grad(total, given, allow_unused=True)

@@ -6,9 +6,11 @@ from torch import Tensor
 from r1kernels import check
 from r1kernels.check import IGNORE
 from r1kernels.head_inputs import head_inputs
+from r1kernels.kept_logp import kept_logp
 from r1kernels.linear_policy_loss_ops import linear_policy_loss_fwd
 from r1kernels.objective import PolicyObjective
 from r1kernels.policy_inputs import live_rows, prepare
+from r1kernels.policy_loss import from_inputs
 from r1kernels.policy_terms import METRICS
 from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.rows import beside
@@ -28,6 +30,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     entropy: bool = False,
     prior: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
     logp_old: Tensor | None = None,
     logp_ref: Tensor | None = None,
     logp_sampler: Tensor | None = None,
@@ -51,7 +54,7 @@ def linear_policy_loss(
 
     Args:
         hidden: packed [T, D] or padded [B, S, D], float32, bfloat16 or float16.
-        weight, targets, bias, lora, temperature, softcap, logit_scale, workspace_mb: as
+        weight, targets, bias, lora, temperature, softcap, logit_scale, kept, workspace_mb: as
             `linear_logp`.
         weight_grad: as `linear_logp`, in one scaled addition of the gradient made in the forward.
         advantages, objective, logp_old, logp_ref, logp_sampler, mask, weights, cu_seqlens,
@@ -106,8 +109,14 @@ def linear_policy_loss(
         counted = inputs.weights_T != 0
     elif weights is not None:
         counted = counted & (weights != 0)
+    call = call._replace(targets_T=torch.where(counted, targets, IGNORE).reshape(-1))
+    wants_entropy = entropy or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
+    if kept is not None:
+        found = kept_logp(call, kept, wants_entropy)
+        inputs = inputs._replace(entropy_T=found.entropy)
+        return from_inputs(objective, found.logp.view(leading), inputs)
     loss, logp_T, metrics, *_ = linear_policy_loss_fwd(
-        *call._replace(targets_T=torch.where(counted, targets, IGNORE).reshape(-1)),
+        *call,
         live_T,
         inputs.advantages_T,
         inputs.logp_old_T,
@@ -117,7 +126,7 @@ def linear_policy_loss(
         inputs.sequence_T,
         inputs.num_sequences,
         objective.spec,
-        entropy or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1,
+        wants_entropy,
         call.wants(),
         workspace_mb,
     )

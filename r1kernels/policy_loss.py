@@ -71,6 +71,11 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
         normalizer=normalizer,
     )
+    return from_inputs(objective, logp, inputs)
+
+
+def from_inputs(objective: PolicyObjective, logp: Tensor, inputs: PolicyInputs) -> PolicyLoss:
+    """`policy_loss` on arguments that `prepare` has checked."""
     logp_T = logp.reshape(-1).to(inputs.weights_T.dtype)
     loss, _, _, metrics = _policy_loss_fwd(logp_T, *inputs, objective.spec)
     seen = torch.where(inputs.weights_T != 0, logp_T.detach(), 0.0).view(logp.shape)

@@ -5,6 +5,7 @@ import torch
 
 import r1kernels
 from r1kernels import PolicyObjective
+from r1kernels.kept_logp import kept_logp_fwd
 from r1kernels.linear_logp_ops import linear_logp_fwd
 from r1kernels.linear_policy_loss_ops import linear_policy_loss_fwd
 from r1kernels.token_logp import token_logp_fwd
@@ -13,6 +14,7 @@ TARGETS = torch.tensor([3, -100, 16, 0, 7])
 OBJECTIVE = PolicyObjective.r1()
 STREAMS = {"logp_old": -torch.rand(5), "logp_ref": -torch.rand(5)}
 LENGTHS = torch.tensor([0, 2, 5])
+KEPT = torch.tensor([3, 9, 4, 16, 2, 0, 8, 7]), torch.tensor([0, 2, 3, 5, 7, 8])
 ADVANTAGES = torch.tensor([1.0, -1.0])
 
 
@@ -34,6 +36,11 @@ def run_token_logp(x):
 
 def run_linear_logp(hidden, weight):
     out = r1kernels.linear_logp(hidden, weight, TARGETS, entropy=True, softcap=5.0)
+    return out.logp.sum() + out.entropy.sum() + out.lse.sum()
+
+
+def run_kept_logp(hidden, weight):
+    out = r1kernels.linear_logp(hidden, weight, TARGETS, entropy=True, softcap=5.0, kept=KEPT)
     return out.logp.sum() + out.entropy.sum() + out.lse.sum()
 
 
@@ -74,6 +81,7 @@ CALLS = {
     "token_logp": (run_token_logp, lambda: (logits(),)),
     "linear_logp": (run_linear_logp, head),
     "linear_logp frozen": (run_frozen, head),
+    "kept_logp": (run_kept_logp, head),
     "linear_policy_loss": (run_linear_policy_loss, head),
     "policy_loss": (run_policy_loss, lambda: (logits(),)),
     "group_advantages": (run_group_advantages, lambda: (logits(),)),
@@ -123,6 +131,13 @@ def op_arguments():
             (
                 hidden, weight.detach(), TARGETS, None, *lora(), None, -torch.rand(5), None, 5.0,
                 1.0, 2.0, True, True, None,
+            ),
+        ),
+        "kept_logp": (
+            kept_logp_fwd,
+            (
+                hidden, weight, TARGETS, torch.randn(17, requires_grad=True), None, None,
+                temperature, None, None, 5.0, 1.0, 1.0, *KEPT, True,
             ),
         ),
         "linear_policy_loss": (

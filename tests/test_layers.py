@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "r1kernels": [
         "check backend",
-        "objective packing rows reference policy_inputs policy_terms padded_chunk",
+        "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
         "chunked_head",
         "_native _triton _cuda",
-        "head_inputs forward_gradients linear_logp_ops linear_policy_loss_ops",
+        "head_inputs forward_gradients linear_logp_ops linear_policy_loss_ops kept_logp",
         "token_logp linear_logp policy_loss linear_policy_loss linear_loss advantages",
         "dropin",
         "patch",

@@ -84,6 +84,59 @@ struct TokenBackward {
   const float* target_grad;
 };
 
+// A linear head whose row i keeps the entries ids[offsets[i]] to ids[offsets[i + 1] - 1] of the
+// vocabulary (those not negative) and its target, which is not among them.
+struct KeptHead {
+  const void* hidden;  // [rows, width], row stride hidden_ld
+  const void* weight;  // [vocab, width], row stride weight_ld
+  Dtype dtype;
+  int64_t rows, width, hidden_ld, weight_ld;
+  const int32_t* ids;
+  const int64_t* offsets;  // [rows + 1]
+  const int64_t* targets;  // [rows]; negative: the row is not read
+};
+
+struct KeptForward {
+  KeptHead head;
+  const float* bias;  // [vocab], or null
+  Transform transform;
+  bool entropy;
+  float* logits;  // transformed, one per id (-inf where it is negative), then one per target
+  double* logp;   // [rows] each
+  double* entropy_out;
+  double* lse;
+};
+
+struct KeptBackward {
+  KeptHead head;
+  Transform transform;
+  const float* logits;  // of KeptForward
+  const float* anchor;  // the rest as in GradTile
+  const float* shift;
+  const float* logp_grad;
+  const float* ent_grad;
+  const float* centre;
+  const float* target_grad;
+  float* dlogits;  // of the logits before their transform, as `logits`
+  void* dhidden;   // [rows, width] contiguous, or null
+};
+
+// Segment k, the places order[starts[k]] to order[starts[k + 1] - 1] among the dlogits, is of one
+// vocabulary entry: that of KeptBackward's dlogits gathered into its row of the weight's gradient.
+struct KeptWeight {
+  const void* hidden;
+  Dtype dtype;
+  int64_t segments, width, hidden_ld;
+  const int64_t* starts;  // [segments + 1]
+  const int64_t* order;
+  const int64_t* rows;  // of each place
+  const int32_t* ids;   // [segments]
+  const float* dlogits;
+  void* dweight;  // [vocab, width] contiguous, or null
+  Dtype weight_dtype;
+  float* dbias;  // [vocab], or null
+};
+
 struct Kernels {
   const char* isa;
   void (*exp_tile)(const ExpTile&, int threads);
@@ -92,6 +145,9 @@ struct Kernels {
                        int threads);
   void (*token_forward)(const TokenForward&, int threads);
   void (*token_backward)(const TokenBackward&, int threads);
+  void (*kept_forward)(const KeptForward&, int threads);
+  void (*kept_backward)(const KeptBackward&, int threads);
+  void (*kept_weight)(const KeptWeight&, int threads);
 };
 
 extern const Kernels kGeneric;

@@ -1,5 +1,5 @@
 #define R1K_ISA avx2
-#include "kernels_impl.hpp"
+#include "kept_impl.hpp"
 
 namespace r1k {
 const Kernels kAvx2 = {"avx2",
@@ -7,5 +7,8 @@ const Kernels kAvx2 = {"avx2",
                        avx2::grad_tile,
                        avx2::rescale_tile,
                        avx2::token_forward,
-                       avx2::token_backward};
+                       avx2::token_backward,
+                       avx2::kept_forward,
+                       avx2::kept_backward,
+                       avx2::kept_weight};
 }

@@ -1,5 +1,5 @@
 #define R1K_ISA generic
-#include "kernels_impl.hpp"
+#include "kept_impl.hpp"
 
 namespace r1k {
 const Kernels kGeneric = {"generic",
@@ -7,5 +7,8 @@ const Kernels kGeneric = {"generic",
                           generic::grad_tile,
                           generic::rescale_tile,
                           generic::token_forward,
-                          generic::token_backward};
+                          generic::token_backward,
+                          generic::kept_forward,
+                          generic::kept_backward,
+                          generic::kept_weight};
 }

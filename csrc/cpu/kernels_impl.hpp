@@ -228,6 +228,23 @@ void rescale_tile(float* tile, int64_t rows, int64_t cols, int64_t ld, const flo
 // Segment of a row of stored logits that is worked on at a time; as float32 it fits L1.
 constexpr int64_t kSegment = 4096;
 
+// Results of a row whose target lies q above the anchor, from the sums over the others.
+inline void finish_row(double q, double anchor, double sum, double weighted, double* logp,
+                       double* lse, double* entropy) {
+  const double e = std::exp(q);
+  const double total = sum + e;
+  // log1p keeps the digits of a logp near 0; far below, where e may underflow, the plain form is
+  // exact.
+  *logp = q > -30.0 ? -std::log1p(sum / e) : q - std::log(total);
+  *lse = anchor + std::log(total);
+  if (!entropy) return;
+  // log S - (u + e q) / S cancels where the target holds most of the mass; its rearrangement around
+  // log1p does not.
+  const double h = sum < e ? std::log1p(sum / e) + (q * sum - weighted) / total
+                           : std::log(total) - (weighted + (e > 0.0 ? e * q : 0.0)) / total;
+  *entropy = h < 0.0 ? 0.0 : h;  // NaN stays NaN
+}
+
 void token_forward(const TokenForward& a, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < a.rows; ++i) {
@@ -260,20 +277,8 @@ void token_forward(const TokenForward& a, int threads) {
       sum += s.exp_sum;
       weighted += s.weighted;
     }
-    const double q = static_cast<double>(target) - anchor;
-    const double e = std::exp(q);
-    const double total = sum + e;
-    // log1p keeps the digits of a logp near 0; far below, where e may underflow, the plain form is
-    // exact.
-    a.logp[i] = q > -30.0 ? -std::log1p(sum / e) : q - std::log(total);
-    a.lse[i] = anchor + std::log(total);
-    if (a.entropy) {
-      // log S - (u + e q) / S cancels where the target holds most of the mass; its rearrangement
-      // around log1p does not.
-      const double h = sum < e ? std::log1p(sum / e) + (q * sum - weighted) / total
-                               : std::log(total) - (weighted + (e > 0.0 ? e * q : 0.0)) / total;
-      a.entropy_out[i] = h < 0.0 ? 0.0 : h;  // NaN stays NaN
-    }
+    finish_row(static_cast<double>(target) - anchor, anchor, sum, weighted, a.logp + i, a.lse + i,
+               a.entropy ? a.entropy_out + i : nullptr);
   }
 }
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1kernels._native.token_logp import gradient_terms
 from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp
+from r1kernels.rows import gradient_terms
 
 try:
     from r1kernels import _C

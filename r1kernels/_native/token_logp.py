@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from r1kernels.reference.token_logp import Logp
+from r1kernels.rows import gradient_terms
 
 try:
     from r1kernels import _C
@@ -92,38 +93,6 @@ def bwd(
         threads=torch.get_num_threads(),
     )
     return dlogits_TV
-
-
-def gradient_terms(
-    stats: Logp, dlogp_T: Tensor, dentropy_T: Tensor | None, dlse_T: Tensor | None
-) -> dict[str, Tensor | None]:
-    """The row terms of a gradient (`GradTile` in csrc/cpu/kernels.hpp) from float64 statistics.
-
-    log p_j = (l_j - anchor) + shift with anchor the float32 nearest to lse: the difference is exact
-    where p is not small, and the shift carries the digits that a float32 lse has lost.
-    """
-    anchor_T = stats.lse.float()
-    shift_T = anchor_T - stats.lse
-    p_T = stats.logp.exp()
-    # dL/dl of the target. 1 - p comes from logp, which keeps its digits near p = 1.
-    target_T = -dlogp_T * torch.expm1(stats.logp)
-    coefficient_T, centre_T = dlogp_T, None
-    if dlse_T is not None:
-        target_T = target_T + dlse_T * p_T
-        coefficient_T = dlogp_T - dlse_T
-    if dentropy_T is not None:
-        # A target of probability 0 adds nothing; 0 * -inf would be NaN.
-        target_T = target_T - dentropy_T * p_T * (stats.logp.clamp(min=-1e4) + stats.entropy)
-        centre_T = shift_T + stats.entropy
-    terms = {
-        "anchor": anchor_T,
-        "shift": shift_T,
-        "logp_grad": coefficient_T,
-        "ent_grad": dentropy_T,
-        "centre": centre_T,
-        "target_grad": target_T,
-    }
-    return {name: None if x is None else x.float().contiguous() for name, x in terms.items()}
 
 
 def _rows(logits_TV: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Stands for "no value yet" where -inf would turn a difference of two maxima into NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
+# Rows of a program that has one number of work per row.
+BLOCK_ROWS = 128
+
 
 def architecture(device: torch.device) -> int:
     """Compute capability as 80, 90, ...; 0 under the interpreter."""
@@ -80,3 +83,45 @@ def transform(z, scale, softcap, per_tau, SOFTCAP: tl.constexpr):
 def weigh(e, d):
     """e * d with 0 * -inf = 0: a logit of -inf has probability 0 and adds nothing."""
     return tl.where(e > 0.0, e * d, 0.0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _finish_rows_kernel(sums_ptr, exact_ptr, T, BLOCK_T: tl.constexpr):
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < T
+    anchor = tl.load(sums_ptr + offs_t, mask=mask_t, other=0.0)
+    q = tl.load(sums_ptr + T + offs_t, mask=mask_t, other=0.0)
+    s = tl.load(sums_ptr + 2 * T + offs_t, mask=mask_t, other=0.0)
+    u = tl.load(sums_ptr + 3 * T + offs_t, mask=mask_t, other=0.0)
+    e = tl.exp(q)
+    total = s + e
+    log_total = tl.log(total)
+    # log1p of a small ratio, by the logarithm that is exact where 1 + x rounds.
+    ratio = s / e
+    grown = 1.0 + ratio
+    log1p = tl.where(grown == 1.0, ratio, tl.log(grown) * (ratio / (grown - 1.0)))
+    # Far below the anchor e leaves the range of the sums; there nothing cancels.
+    logp = tl.where(q > -30.0, -log1p, q - log_total)
+    # log S - (u + e q) / S cancels where the target holds most of the mass; its rearrangement
+    # around log1p does not.
+    peaked = log1p + (q * s - u) / total
+    flat = log_total - (u + tl.where(e > 0.0, e * q, 0.0)) / total
+    entropy = tl.where(s < e, peaked, flat)
+    tl.store(exact_ptr + offs_t, logp, mask=mask_t)
+    tl.store(exact_ptr + T + offs_t, tl.where(entropy < 0.0, 0.0, entropy), mask=mask_t)
+    tl.store(exact_ptr + 2 * T + offs_t, anchor + log_total, mask=mask_t)
+
+
+def finish_rows(sums_4T: Tensor) -> Tensor:
+    """float64 [3, T] of logp, entropy and lse from float64 anchor, q, s and u per row.
+
+    q is the target's logit above the anchor; s and u are the sums over the other columns of
+    exp(l - anchor) and of exp(l - anchor) (l - anchor). Zeros make zeros.
+    """
+    T = sums_4T.shape[1]
+    exact_3T = torch.empty_like(sums_4T[:3])
+    if T:
+        _finish_rows_kernel[(triton.cdiv(T, BLOCK_ROWS),)](
+            sums_4T, exact_3T, T, BLOCK_T=BLOCK_ROWS, num_warps=4, enable_fp_fusion=True
+        )
+    return exact_3T
