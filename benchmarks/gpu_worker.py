@@ -179,14 +179,21 @@ class GpuWorker:
         return problem
 
     def _guarded(self, handler):
-        """A worker out of memory is well: what it held is given back before the next request."""
+        """Between requests a worker holds no memory; one that ran out of it, or that has not what
+        was asked for, is well.
+        """
 
         def answer(**request) -> dict:
-            self.meter.release()
             try:
                 return handler(**request)
             except torch.OutOfMemoryError as error:
-                raise Missing("out of memory: " + str(error).split(". ")[0]) from None
+                reason = "out of memory: " + str(error).split(". ")[0]
+            except Missing as error:
+                reason = str(error)
+            finally:
+                self.meter.release()
+            # Raised here, where no traceback keeps the handler's tensors.
+            raise Missing(reason)
 
         return answer
 

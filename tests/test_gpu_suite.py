@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -276,14 +277,27 @@ def test_a_worker_draws_the_problem_of_the_truth(tmp_path):
         worker.handlers["turn"](provider="native", files=files, seconds=0, check=False, **asked)
 
 
-def test_out_of_memory_is_missing_and_not_a_crash(monkeypatch):
+def test_out_of_memory_is_missing_and_leaves_nothing_behind(monkeypatch):
     worker = GpuWorker("cpu", 1)
+    kept = []
 
-    def rates(**_):
+    def runs_out():
+        tensor = torch.ones(3)
+        kept.append(weakref.ref(tensor))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. More words")
 
-    with pytest.raises(Missing, match="out of memory: CUDA out of memory"):
-        worker._guarded(rates)()
+    def lacks():
+        tensor = torch.ones(3)
+        kept.append(weakref.ref(tensor))
+        raise Missing("no entropy")
+
+    for handler, reason in ((runs_out, "out of memory: CUDA out of memory"), (lacks, "no entropy")):
+        seen = []
+        monkeypatch.setattr(worker.meter, "release", lambda seen=seen: seen.append(kept[-1]()))
+        with pytest.raises(Missing) as raised:
+            worker._guarded(handler)()
+        assert str(raised.value) == reason
+        assert seen == [None]
 
 
 def test_logits_truth_is_that_of_autograd():
