@@ -20,7 +20,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
@@ -280,6 +280,40 @@ class Gradients(TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
 
 
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    # Adam would divide the smallest gradients by themselves, rounding and all.
+    "optim": "sgd",
+    "learning_rate": 0.3,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+}
+
+
+def logged(trainer):
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def assert_same_run(theirs, ours):
+    (rows, steps), (our_rows, our_steps) = theirs, ours
+    assert len(steps) == len(our_steps) == 3
+    for theirs, ours in zip(rows, our_rows, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in set(ours) - {"step_time", "sampling_time", "mfu"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), name
+    assert any(row["grad_norm"] > 0 for row in rows)
+    for theirs, ours in zip(steps, our_steps, strict=True):
+        scale = max(grad.abs().max() for grad in theirs.values())
+        for name, grad in theirs.items():
+            assert (ours[name] - grad).abs().max() < 1e-5 * scale, name
+
+
 def train(kind, folder, **options):
     """The logged rows and every step's gradients of a short run."""
     # From a folder: the reference model is loaded from where the policy came from.
@@ -293,25 +327,14 @@ def train(kind, folder, **options):
         callbacks=[gradients],
         args=GRPOConfig(
             output_dir=str(folder / "out"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
             per_device_train_batch_size=8,
             num_generations=4,
             max_completion_length=10,
-            # Adam would divide the smallest gradients by themselves, rounding and all.
-            optim="sgd",
-            learning_rate=0.3,
-            max_steps=3,
-            logging_steps=1,
-            disable_tqdm=True,
-            gradient_checkpointing=False,
+            **COMMON,
             **options,
         ),
     )
-    trainer.train()
-    return [row for row in trainer.state.log_history if "loss" in row], gradients.steps
+    return logged(trainer), gradients.steps
 
 
 @pytest.mark.parametrize(
@@ -331,13 +354,37 @@ def test_a_patched_trainer_is_the_same_trainer(kind, options, tmp_path):
         assert "trl.trainer.utils._ChunkedLogProbFunction" in places
         our_rows, our_steps = train(kind, tmp_path / "ours", **options)
     assert utils.selective_log_softmax is original
-    assert len(steps) == len(our_steps) == 3
-    for theirs, ours in zip(rows, our_rows, strict=True):
-        assert ours.keys() == theirs.keys() and ("kl" in ours) == ("beta" in options)
-        for name in set(ours) - {"step_time", "sampling_time", "mfu"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), name
-    assert any(row["grad_norm"] > 0 for row in rows)
-    for theirs, ours in zip(steps, our_steps, strict=True):
-        scale = max(grad.abs().max() for grad in theirs.values())
-        for name, grad in theirs.items():
-            assert (ours[name] - grad).abs().max() < 1e-5 * scale, name
+    assert all(("kl" in row) == ("beta" in options) for row in our_rows)
+    assert_same_run((rows, steps), (our_rows, our_steps))
+
+
+def train_offline(name, folder):
+    prompts, right, wrong = (
+        ["1+1=", "23+4=", "7+8="] * 4,
+        ["2", "27", "15"] * 4,
+        ["3", "2", "1"] * 4,
+    )
+    torch.manual_seed(0)
+    gradients = Gradients()
+    given = {
+        "model": tiny("gemma2"),
+        "processing_class": tokenizer(),
+        "callbacks": [gradients],
+    }
+    options = {"output_dir": str(folder), "per_device_train_batch_size": 4, **COMMON}
+    if name == "sft":
+        data = Dataset.from_dict({"prompt": prompts, "completion": right})
+        trainer = SFTTrainer(args=SFTConfig(**options), train_dataset=data, **given)
+    else:
+        data = Dataset.from_dict({"prompt": prompts, "chosen": right, "rejected": wrong})
+        given["ref_model"] = tiny("gemma2")
+        trainer = DPOTrainer(args=DPOConfig(**options), train_dataset=data, **given)
+    return logged(trainer), gradients.steps
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_other_trainers(name, tmp_path):
+    theirs = train_offline(name, tmp_path / "theirs")
+    with r1kernels.patch("trl"):
+        ours = train_offline(name, tmp_path / "ours")
+    assert_same_run(theirs, ours)
