@@ -50,6 +50,7 @@ MODES = {
     "product": head.PRODUCT.value,
 }
 BIAS_SOFTCAP = ["HAS_BIAS", "SOFTCAP"]
+LOW_BIAS = ["HAS_LOW", *BIAS_SOFTCAP]
 SOFTCAP_ENTROPY = ["SOFTCAP", "ENTROPY"]
 KEPT_LOGITS = {"BLOCK_N": kept.BLOCK_LOGITS_N, "BLOCK_D": kept.BLOCK_LOGITS_D}
 KEPT_SUM = {"BLOCK_N": kept.BLOCK_SUM_N, "BLOCK_D": kept.BLOCK_SUM_D}
@@ -61,6 +62,8 @@ WORKERS = 2
 PARAMETERS = {
     "hidden_ptr": "*x",
     "weight_ptr": "*x",
+    "low_ptr": "*x",
+    "lora_ptr": "*x",
     "bias_ptr": "*x",
     "logits_ptr": "*x",
     "out_ptr": "*o",
@@ -125,7 +128,7 @@ def builds(arch: int) -> Iterator[Build]:
     """Everything that is compiled for an architecture; see the module's docstring."""
     for (dtype, x), aligned in itertools.product(DTYPES.items(), (True, False)):
         rows = [
-            (target, "_target_logits_kernel", {"BLOCK_D": target.BLOCK_D}, BIAS_SOFTCAP, 4),
+            (target, "_target_logits_kernel", {"BLOCK_D": target.BLOCK_D}, LOW_BIAS, 4),
             (target, "_add_target_hidden_kernel", {"BLOCK_D": target.BLOCK_D}, [], 4),
             (target, "_add_target_weight_kernel", SEGMENT, [], 4),
             (token, "_token_logp_fwd_kernel", {"BLOCK_V": token.BLOCK_V}, SOFTCAP_ENTROPY, 8),
@@ -176,8 +179,13 @@ def _head_builds(arch: int, dtype: torch.dtype, variant: str, aligned: bool) -> 
         names = {"top": BIAS_SOFTCAP, "product": [], "gradient": BIAS_SOFTCAP}.get(
             mode, [*BIAS_SOFTCAP, "ENTROPY"]
         )
-        for flags in _settings(names, single=x == "bf16" and aligned, off=aligned):
+        settings = _settings(names, single=x == "bf16" and aligned, off=aligned)
+        # A low-rank term adds a loop, and float32 then has the loads of its unaligned tiles.
+        if pointers and mode != "product" and not (aligned and x == "fp32"):
+            settings += [{**each, "HAS_LOW": True} for each in settings[: 1 + (x == "bf16")]]
+        for flags in settings:
             flags = {"HAS_BIAS": False, "SOFTCAP": False, "ENTROPY": False} | flags
+            low = flags.pop("HAS_LOW", False)
             gradient = mode == "gradient"
             config = configs.launch_config(
                 arch, dtype, aligned, gradient, flags["SOFTCAP"], variant
@@ -197,7 +205,7 @@ def _head_builds(arch: int, dtype: torch.dtype, variant: str, aligned: bool) -> 
             for listed in {"sums": (False, True), "store": (False, True), "top": (True,)}.get(
                 mode, (False,)
             ):
-                constants = {**blocks, "EVEN_D": aligned, "LISTED": listed}
+                constants = {**blocks, "HAS_LOW": low, "EVEN_D": aligned, "LISTED": listed}
                 yield Build(
                     head.__name__, "_head_kernel", arch, x, out, constants, options, aligned
                 )
@@ -245,7 +253,12 @@ def compile_triton(build: Build) -> Record:
             text = _matrix(parameter.name, build)
         signature[parameter.name] = {"*x": f"*{build.dtype}", "*o": f"*{build.out}"}.get(text, text)
         special = text == "i32" and not parameter.do_not_specialize
-        if pointer or parameter.name == "columns" or (build.aligned and special) or text[0] == "*":
+        if (
+            pointer
+            or parameter.name in ("columns", "R")
+            or (build.aligned and special)
+            or text[0] == "*"
+        ):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=build.constants, attrs=attributes)
     report = io.StringIO()

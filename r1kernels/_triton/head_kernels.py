@@ -6,10 +6,13 @@ E = exp(l - c) in the epilogue of its own GEMM; no maximum and no second read ar
 target column is left out (0) and added in float32 by target_kernels.py. docs/ops/linear_logp.md has
 the derivation.
 
-    forward_chunk(hidden_CD, targets_C, temperature_C, anchor_C, head, entropy, store_CV)
+    forward_chunk(hidden_CD, targets_C, temperature_C, anchor_C, head, entropy, store_CV, low_CR)
         -> ChunkSums(s_C, u_C, rounded_C)
     gradient_chunk(hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, dlse_C, head,
-                   store_CV) -> t_C
+                   store_CV, low_CR) -> t_C
+
+With a low-rank term of the head, low_CR and head.lora_VR are a second pair of operands, whose width
+is a multiple of RANK_BLOCK, for a second short loop into the same tile.
 
 head is a `chunked_head.Head`; temperature_C is float32 or None; targets are int64 in [0, V). Every
 [C] result is float32.
@@ -44,6 +47,8 @@ from r1kernels._triton.head_tiles import (
 from r1kernels.chunked_head import Head
 
 BLOCK_REDUCE = 32
+# Every BLOCK_D divides it.
+RANK_BLOCK = 64
 
 
 class ChunkSums(NamedTuple):
@@ -73,6 +78,8 @@ def store_dtype(dtype: torch.dtype) -> torch.dtype:
 def _head_kernel(
     hidden_ptr,
     weight_ptr,
+    low_ptr,
+    lora_ptr,
     out_ptr,
     bias_ptr,
     targets_ptr,
@@ -84,6 +91,7 @@ def _head_kernel(
     partial_ptr,
     rows_ptr,
     count_ptr,
+    R,
     C,
     V,
     D,
@@ -98,6 +106,7 @@ def _head_kernel(
     GROUP_C: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_D: tl.constexpr,
+    HAS_LOW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -135,6 +144,13 @@ def _head_kernel(
             z = tl.dot(hidden, weight, z, input_precision="ieee")
             hidden_ptrs += BLOCK_D
             weight_ptrs += BLOCK_D
+        if HAS_LOW:
+            low_ptrs = low_ptr + rows[:, None] * R + offs_d[None, :]
+            lora_ptrs = lora_ptr + (offs_v % V)[None, :] * R + offs_d[:, None]
+            for _start in range(0, R, BLOCK_D):
+                z = tl.dot(tl.load(low_ptrs), tl.load(lora_ptrs), z, input_precision="ieee")
+                low_ptrs += BLOCK_D
+                lora_ptrs += BLOCK_D
 
         parts = split(z, SPLIT)
         for part in tl.static_range(SPLIT):
@@ -279,7 +295,7 @@ def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
 
 def _launch_head(
     hidden_CD, targets_C, inverse_temperature_C, anchor_C, row_terms, head, entropy, store_CV, mode,
-    sums, listed=None, variant=None,
+    sums, listed=None, variant=None, low_CR=None,
 ):  # fmt: skip
     """Runs the GEMM kernel in one mode and reduces its planes into sums, [planes, C].
 
@@ -293,7 +309,7 @@ def _launch_head(
     device = hidden_CD.device
     config = launch_config(
         architecture(device), hidden_CD.dtype, aligned, mode == GRADIENT.value, bool(head.softcap),
-        variant if listed is None else "pointers",
+        variant if listed is None and low_CR is None else "pointers",
     )  # fmt: skip
     planes, tiles = len(sums), config.tiles(V)
     partial = hidden_CD.new_empty((planes, tiles, C), dtype=torch.float32)
@@ -324,9 +340,12 @@ def _launch_head(
     )
     grid = (programs(config, C, V, device, persistent=listed is not None),)
     if config.loads == "pointers":
+        second = (hidden_CD, weight_VD) if low_CR is None else (low_CR, head.lora_VR)
+        # Two loops of float32 products with unmasked loads spill on sm_90.
+        aligned = aligned and (low_CR is None or hidden_CD.dtype != torch.float32)
         _head_kernel[grid](
-            hidden_CD, weight_VD, out, *vectors, rows_C, count, *sizes,
-            EVEN_D=aligned, LISTED=listed is not None, **constants,
+            hidden_CD, weight_VD, *second, out, *vectors, rows_C, count, second[0].shape[1], *sizes,
+            EVEN_D=aligned, LISTED=listed is not None, HAS_LOW=low_CR is not None, **constants,
         )  # fmt: skip
     else:
         matrices = hidden_CD, weight_VD, out
@@ -358,6 +377,7 @@ def forward_chunk(
     head,
     entropy: bool,
     store_CV: Tensor | None,
+    low_CR: Tensor | None = None,
 ) -> ChunkSums:
     """Row sums of E = exp(l - anchor) over j != y, and E itself where a buffer is given.
 
@@ -373,13 +393,13 @@ def forward_chunk(
     planes = 1 + entropy + (store_CV is not None)
     sums = hidden_CD.new_empty((planes, len(hidden_CD)), dtype=torch.float64)
     operands = hidden_CD, targets_C, inverse_temperature_C, anchor_C, None, head, entropy, store_CV
-    _launch_head(*operands, mode, sums)
+    _launch_head(*operands, mode, sums, low_CR=low_CR)
     # Written so that NaN is out of range. A row whose anchor is NaN stays so whatever is done.
     again = RowList.of(~(sums[0] <= SUM_LIMIT) & ~anchor_C.isnan())
     # Two more products over the rows out of range, of which there normally are none, by the same
     # kernel in every mode: the maximum becomes the anchor.
-    _launch_head(*operands[:-2], False, None, TOP.value, anchor_C[None], again)
-    _launch_head(*operands, mode, sums, again)
+    _launch_head(*operands[:-2], False, None, TOP.value, anchor_C[None], again, low_CR=low_CR)
+    _launch_head(*operands, mode, sums, again, low_CR=low_CR)
     return ChunkSums(
         s_C=sums[0],
         u_C=sums[1] if entropy else None,
@@ -397,6 +417,7 @@ def gradient_chunk(
     dlse_C: Tensor | None,
     head,
     store_CV: Tensor,
+    low_CR: Tensor | None = None,
 ) -> Tensor:
     """Writes dL/dz into store_CV (0 in the target column) and returns t_C = dL/dz of the target.
 
@@ -425,7 +446,7 @@ def gradient_chunk(
     _launch_head(
         hidden_CD, targets_C, inverse_temperature_C, anchor_C,
         tuple(x.float() for x in (-gap_C * factor_C, beta_C * factor_C, centre_C)),
-        head, False, store_CV, GRADIENT.value, sums,
+        head, False, store_CV, GRADIENT.value, sums, low_CR=low_CR,
     )  # fmt: skip
     return (t_C * scale_C + sums[0]).float()
 

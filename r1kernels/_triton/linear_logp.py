@@ -7,7 +7,11 @@ GEMM operands have the inputs' dtype; accumulation is float32 within and across 
 column goes through float32 kernels of its own.
 """
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r1kernels._triton.common import (
@@ -19,6 +23,7 @@ from r1kernels._triton.common import (
 )
 from r1kernels._triton.head_configs import launch_config
 from r1kernels._triton.head_kernels import (
+    RANK_BLOCK,
     forward_chunk,
     gradient_chunk,
     padded,
@@ -42,7 +47,8 @@ class HeadChunk:
         bias_V = None if head.bias_V is None else head.bias_V.contiguous()
         if weight_VD.stride(1) != 1:
             weight_VD = weight_VD.contiguous()
-        self.head = type(head)(weight_VD, bias_V, head.softcap, head.logit_scale)
+        lora_VR = None if head.lora_VR is None else _pad(head.lora_VR)
+        self.head = replace(head, weight_VD=weight_VD, bias_V=bias_V, lora_VR=lora_VR)
         self.capacity = rows
         self.entropy = entropy
         self.buffer: Tensor | None = None
@@ -62,14 +68,16 @@ class HeadChunk:
 
     def forward(self, rows, keep: bool) -> Logp:
         self._take(rows)
-        target_C = target_logits(self.hidden_CD, self.targets_C, self.temperature_C, self.head)
+        target_C = target_logits(
+            self.hidden_CD, self.targets_C, self.temperature_C, self.head, self.low_CR
+        )
         anchor_C = target_C.clone()
         if rows.prior_T is not None:
             anchor_C -= rows.prior_T.float().nan_to_num(0.0).clamp(-8.0, 0.0)
         store_CV = self._store() if keep else None
         sums = forward_chunk(
             self.hidden_CD, self.targets_C, self.temperature_C, anchor_C, self.head, self.entropy,
-            store_CV,
+            store_CV, self.low_CR,
         )  # fmt: skip
         self.sums, self.kept = sums, keep
         # float64 on [C] numbers: log S must not cancel against the mean where the entropy is small.
@@ -92,12 +100,14 @@ class HeadChunk:
     ) -> Tensor | None:
         at = slice(None) if active is None else active
         hidden_CD, targets_C = self.hidden_CD[at], self.targets_C[at]
+        low_CR = None if self.low_CR is None else self.low_CR[at]
         temperature_C = None if self.temperature_C is None else self.temperature_C[at]
         if dentropy_C is not None or not self.kept:
             stats = Logp(*(None if x is None else x[at] for x in self.stats))
             return self._recompute(
-                hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, None, grads
-            )
+                hidden_CD, low_CR, targets_C, temperature_C, stats, dlogp_C, dentropy_C, None,
+                grads,
+            )  # fmt: skip
         store_CV = self.buffer[: len(self.targets_C)][at]
         per_tau_C = inverse_temperature(temperature_C, hidden_CD)
         total_C, s_C, rounded_C = self.total_C[at], self.sums.s_C[at], self.sums.rounded_C[at]
@@ -109,7 +119,9 @@ class HeadChunk:
                 (self.stats.logp + self.stats.lse)[at], per_tau_C, self.head.softcap
             )
         target_grad_C = (factor_C * (slope_C * s_C - (s_C - rounded_C))).float()
-        return self._products(hidden_CD, targets_C, store_CV, -factor_C, target_grad_C, grads)
+        return self._products(
+            hidden_CD, low_CR, targets_C, store_CV, -factor_C, target_grad_C, grads
+        )
 
     def backward(
         self,
@@ -122,7 +134,7 @@ class HeadChunk:
     ) -> Tensor | None:
         self._take(rows)
         return self._recompute(
-            self.hidden_CD, self.targets_C, self.temperature_C, stats, dlogp_C,
+            self.hidden_CD, self.low_CR, self.targets_C, self.temperature_C, stats, dlogp_C,
             dentropy_C, dlse_C, grads,
         )  # fmt: skip
 
@@ -131,6 +143,8 @@ class HeadChunk:
         # The distance of rows decides whether the aligned tiles may run.
         as_is = hidden_CD.stride(1) == 1 and not is_batch_invariant()
         self.hidden_CD = hidden_CD if as_is else hidden_CD.contiguous()
+        low_CR = self.head.low(self.hidden_CD)
+        self.low_CR = None if low_CR is None else _pad(low_CR.to(hidden_CD.dtype))
         self.targets_C = rows.targets_T.contiguous()
         self.temperature_C = rows.temperature_T
 
@@ -143,7 +157,7 @@ class HeadChunk:
         return self.buffer[: len(self.targets_C)]
 
     def _recompute(
-        self, hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, dlse_C,
+        self, hidden_CD, low_CR, targets_C, temperature_C, stats, dlogp_C, dentropy_C, dlse_C,
         grads,
     ) -> Tensor | None:  # fmt: skip
         """Gradients through dL/dz, written over whatever the buffer holds."""
@@ -151,65 +165,94 @@ class HeadChunk:
         store_CV = self._store()[: len(targets_C)]
         target_grad_C = gradient_chunk(
             hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, dlse_C,
-            self.head, store_CV,
+            self.head, store_CV, low_CR,
         )  # fmt: skip
-        return self._products(hidden_CD, targets_C, store_CV, None, target_grad_C, grads)
+        return self._products(hidden_CD, low_CR, targets_C, store_CV, None, target_grad_C, grads)
 
     def _products(
-        self, hidden_CD, targets_C, store_CV, factor_C, target_grad_C, grads
+        self, hidden_CD, low_CR, targets_C, store_CV, factor_C, target_grad_C, grads
     ) -> Tensor | None:
         """GEMMs 2 and 3 with dL/dz = factor_C * store_CV, and the target column."""
-        weight_VD = self.head.weight_VD
-        V = weight_VD.shape[0]
+        V = len(self.head.weight_VD)
         store_CV = store_CV[:, :V]
-        dhidden_CD = None
+        pairs = [_Pair.of(hidden_CD, self.head.weight_VD, grads.hidden, grads.weight_VD)]
+        if low_CR is not None:
+            rank = len(self.head.lora_RD)
+            lora_VR = self.head.lora_VR[:, :rank]
+            pairs.append(_Pair.of(low_CR[:, :rank], lora_VR, grads.low, grads.lora_VR))
         if store_CV.dtype != hidden_CD.dtype:
-            dhidden_CD = self._half_products(hidden_CD, store_CV, factor_C, grads)
+            self._half_products(pairs, store_CV, factor_C)
         else:
-            if grads.hidden:
-                dhidden_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
-                _add_hidden_product(dhidden_CD, store_CV, weight_VD)
-                if factor_C is not None:
-                    dhidden_CD *= factor_C[:, None]
-            if grads.weight_VD is not None:
-                right_CD = hidden_CD
-                if factor_C is not None:
-                    right_CD = (hidden_CD * factor_C[:, None]).to(hidden_CD.dtype)
-                _add_product(grads.weight_VD, store_CV.T, right_CD)
-        if dhidden_CD is not None:
-            add_target_hidden(dhidden_CD, weight_VD, targets_C, target_grad_C)
-        if grads.weight_VD is not None:
-            add_target_weight(grads.weight_VD, hidden_CD, targets_C, target_grad_C)
+            for pair in pairs:
+                if pair.dleft_CX is not None:
+                    _add_hidden_product(pair.dleft_CX, store_CV, pair.right_VX)
+                    if factor_C is not None:
+                        pair.dleft_CX.mul_(factor_C[:, None])
+                if pair.dright_VX is not None:
+                    left_CX = pair.left_CX
+                    if factor_C is not None:
+                        left_CX = (left_CX * factor_C[:, None]).to(left_CX.dtype)
+                    _add_product(pair.dright_VX, store_CV.T, left_CX)
+        for pair in pairs:
+            if pair.dleft_CX is not None:
+                add_target_hidden(pair.dleft_CX, pair.right_VX, targets_C, target_grad_C)
+            if pair.dright_VX is not None:
+                add_target_weight(pair.dright_VX, pair.left_CX, targets_C, target_grad_C)
         if grads.bias_V is not None:
             ones_C = torch.ones_like(target_grad_C) if factor_C is None else factor_C
             for at in range(0, V, SLICE_V):
                 grads.bias_V[at : at + SLICE_V] += ones_C @ store_CV[:, at : at + SLICE_V].float()
             one_C1 = torch.ones_like(target_grad_C)[:, None]
             add_target_weight(grads.bias_V[:, None], one_C1, targets_C, target_grad_C)
+        dhidden_CD = pairs[0].dleft_CX
+        if low_CR is not None:
+            self.head.add_low(pairs[1].dleft_CX, hidden_CD, dhidden_CD, grads)
         return dhidden_CD
 
-    def _half_products(self, hidden_CD, store_CV, factor_C, grads) -> Tensor | None:
+    def _half_products(self, pairs, store_CV, factor_C) -> None:
         """The GEMMs of float16 inputs, whose stored matrix is float32: slices of it become float16
         after a power of two per row that brings the row's largest entry near the top of the range.
         """
-        weight_VD = self.head.weight_VD
         top_C = torch.linalg.vector_norm(store_CV, torch.inf, dim=1)
         raise_C = _raise(top_C)
         lower_C = 1.0 / raise_C if factor_C is None else factor_C / raise_C
-        dhidden_CD = torch.zeros_like(hidden_CD, dtype=torch.float32) if grads.hidden else None
-        right_CD = hidden_CD.float() * lower_C[:, None]
-        raise_right = _raise(torch.linalg.vector_norm(right_CD, torch.inf))
-        right_CD = (right_CD * raise_right).half()
-        for at in range(0, len(weight_VD), SLICE_V):
+        left = []
+        for pair in pairs:
+            left_CX = pair.left_CX.float() * lower_C[:, None]
+            raise_left = _raise(torch.linalg.vector_norm(left_CX, torch.inf))
+            left.append(((left_CX * raise_left).half(), raise_left))
+        for at in range(0, store_CV.shape[1], SLICE_V):
             columns = slice(at, at + SLICE_V)
             slice_CS = (store_CV[:, columns] * raise_C[:, None]).half()
-            if dhidden_CD is not None:
-                _add_hidden_product(dhidden_CD, slice_CS, weight_VD[columns])
-            if grads.weight_VD is not None:
-                product_SD = torch.zeros_like(weight_VD[columns], dtype=torch.float32)
-                _add_product(product_SD, slice_CS.T, right_CD)
-                grads.weight_VD[columns].addcdiv_(product_SD, raise_right)
-        return None if dhidden_CD is None else dhidden_CD * lower_C[:, None]
+            for pair, (left_CX, raise_left) in zip(pairs, left, strict=True):
+                if pair.dleft_CX is not None:
+                    _add_hidden_product(pair.dleft_CX, slice_CS, pair.right_VX[columns])
+                if pair.dright_VX is not None:
+                    product_SX = torch.zeros_like(pair.dright_VX[columns])
+                    _add_product(product_SX, slice_CS.T, left_CX)
+                    pair.dright_VX[columns].addcdiv_(product_SX, raise_left)
+        for pair in pairs:
+            if pair.dleft_CX is not None:
+                pair.dleft_CX.mul_(lower_C[:, None])
+
+
+class _Pair(NamedTuple):
+    """Operands of GEMM 1, left right^T, and their gradients in float32; None: not wanted."""
+
+    left_CX: Tensor
+    right_VX: Tensor
+    dleft_CX: Tensor | None
+    dright_VX: Tensor | None
+
+    @classmethod
+    def of(cls, left_CX: Tensor, right_VX: Tensor, wanted: bool, dright_VX: Tensor | None):
+        dleft_CX = left_CX.new_zeros(left_CX.shape, dtype=torch.float32) if wanted else None
+        return cls(left_CX, right_VX, dleft_CX, dright_VX)
+
+
+def _pad(x_XR: Tensor) -> Tensor:
+    """With columns of 0 up to a rank that the GEMM kernel takes without a mask."""
+    return F.pad(x_XR, (0, -x_XR.shape[1] % RANK_BLOCK))
 
 
 def _raise(top: Tensor) -> Tensor:
@@ -247,6 +290,6 @@ def refuses(
         return "the interpreter's bfloat16 dot product is wrong"
     if reason is None and weight is not None and weight.dtype != hidden.dtype:
         return f"weight is {weight.dtype}, hidden {hidden.dtype}"
-    if lora_VR is not None:
-        return "a low-rank term"
+    if lora_VR is not None and is_batch_invariant():
+        return "no low-rank term under batch_invariant"
     return reason

@@ -1,6 +1,6 @@
 """Kernels of the target column, which the head's GEMMs leave out: one row of the weight per token.
 
-    target_logits(hidden_CD, targets_C, temperature_C, head) -> l_y [C]
+    target_logits(hidden_CD, targets_C, temperature_C, head, low_CR) -> l_y [C]
     add_target_hidden(dhidden_CD, weight_VD, targets_C, coefficient_C)
     add_target_weight(dweight_VD, hidden_TD, targets_T, coefficient_T)
 
@@ -22,9 +22,10 @@ BLOCK_SEGMENT_T, BLOCK_SEGMENT_D = (16, 32) if INTERPRETED else (16, 128)
 
 @triton.jit
 def _target_logits_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, targets_ptr, inverse_temperature_ptr, out_ptr,
-    D, stride_hidden_c, stride_weight_v, scale, softcap,
-    BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, targets_ptr, low_logit_ptr, inverse_temperature_ptr,
+    out_ptr,
+    D, stride_hidden_c, stride_weight_v, scale, softcap, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
@@ -38,22 +39,35 @@ def _target_logits_kernel(
     z = tl.sum(products, axis=0)
     if HAS_BIAS:
         z += tl.load(bias_ptr + target).to(tl.float32)
+    if HAS_LOW:
+        z += tl.load(low_logit_ptr + row)
     l, _ = transform(z, scale, softcap, tl.load(inverse_temperature_ptr + row), SOFTCAP)
     tl.store(out_ptr + row, l)
 
 
 def target_logits(
-    hidden_CD: Tensor, targets_C: Tensor, temperature_C: Tensor | None, head
+    hidden_CD: Tensor,
+    targets_C: Tensor,
+    temperature_C: Tensor | None,
+    head,
+    low_CR: Tensor | None = None,
 ) -> Tensor:
-    """Transformed logit of each row's target, from one dot product per row; float32."""
+    """Transformed logit of each row's target, from one dot product per row; float32.
+
+    low_CR: the other operand of a low-rank term of the head, as its product has it.
+    """
     C, D = hidden_CD.shape
     weight_VD, bias_V = head.weight_VD, head.bias_V
     out_C = hidden_CD.new_empty((C,), dtype=torch.float32)
+    low_C = out_C
+    if low_CR is not None:
+        low_C = (low_CR.float() * head.lora_VR[targets_C].float()).sum(1)
     _target_logits_kernel[(C,)](
         hidden_CD,
         weight_VD,
         weight_VD if bias_V is None else bias_V,
         targets_C,
+        low_C,
         inverse_temperature(temperature_C, hidden_CD),
         out_C,
         D,
@@ -63,6 +77,7 @@ def target_logits(
         head.softcap,
         BLOCK_D=BLOCK_D,
         HAS_BIAS=bias_V is not None,
+        HAS_LOW=low_CR is not None,
         SOFTCAP=bool(head.softcap),
         num_warps=4,
         enable_fp_fusion=True,
