@@ -135,7 +135,7 @@ def _originals(name: str) -> list[tuple[object, object, list[tuple[object, str]]
     modules = [(sys.modules.get(title), title, attribute) for title, attribute in TARGETS[name]]
     if not any(module for module, *_ in modules):
         titles = ", ".join(dict.fromkeys(title for _, title, _ in modules))
-        raise RuntimeError(f"{name} is not imported: import it first ({titles})")
+        raise RuntimeError(f"{name} is not imported, or no part that matters ({titles})")
     found = []
     for module, title, attribute in modules:
         if module is None:

@@ -1,6 +1,8 @@
 """Signatures of libraries that do not install on a machine without a GPU, as they stand in public.
 
-Bodies are plain eager torch of our own. SOURCES says where a signature was read.
+Bodies are plain eager torch of our own. SOURCES says where a signature was read; FusedOutputLinear
+there is the older of prime-rl's two, and MaskedOutputLinear the one since its sampling-mask replay
+(pull request 3431 of PrimeIntellect-ai/prime-rl), read from a copy that names no commit.
 """
 
 import sys
@@ -96,6 +98,24 @@ class FusedOutputLinear(torch.nn.Linear):
     ) -> dict:
         logp, entropy = eager(hidden_states @ self.weight.T, labels, temperature)
         return {"logprobs": logp, "entropy": entropy}
+
+
+class MaskedOutputLinear(FusedOutputLinear):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        temperature: torch.Tensor | None = None,
+        sampling_mask: torch.Tensor | None = None,
+    ) -> dict:
+        x = hidden_states @ self.weight.T
+        logp, entropy = eager(x, labels, temperature)
+        x = (x if x.dtype == torch.float64 else x.float()) / temperature[..., None]
+        ids = sampling_mask.long()
+        among = x.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+        kept = x.gather(-1, labels[..., None]).squeeze(-1) - among.logsumexp(-1)
+        replayed = (ids == labels[..., None]).any(-1)
+        return {"logprobs": torch.where(replayed, kept, logp), "entropy": entropy.detach()}
 
 
 MEMBERS = {
