@@ -192,12 +192,16 @@ def _title(holder: object) -> str:
 
 def _check_signature(title: str, original: object, replacement: object) -> None:
     """Raises: RuntimeError unless every call that the original takes means the same here."""
-    for theirs, ours in zip(_signatures(original), _signatures(replacement), strict=True):
-        if not _accepts(ours, theirs):
-            raise RuntimeError(
-                f"{title} has the signature ({', '.join(map(str, theirs))}), and this package "
-                f"mimics ({', '.join(map(str, ours))}): this version is unknown, nothing is patched"
-            )
+    theirs, ours = _signatures(original), _signatures(replacement)
+    if len(theirs) != len(ours) or not all(map(_accepts, ours, theirs)):
+        shown, mimicked = (
+            " and ".join(f"({', '.join(map(str, parameters))})" for parameters in signatures)
+            for signatures in (theirs, ours)
+        )
+        raise RuntimeError(
+            f"{title} has the signature {shown}, and this package mimics {mimicked}: "
+            "this version is unknown, nothing is patched"
+        )
 
 
 def _signatures(x: object) -> list[list[inspect.Parameter]]:

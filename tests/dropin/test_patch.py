@@ -98,6 +98,12 @@ def test_a_further_parameter_is_another_signature(verl):
         r1kernels.patch("verl")
 
 
+def test_another_kind_of_thing_is_another_signature(verl):
+    verl.modules[PPO].FusedLinearForPPO = stubs.linear_cross_entropy
+    with pytest.raises(RuntimeError, match="FusedLinearForPPO has the signature"):
+        r1kernels.patch("verl")
+
+
 def test_a_missing_function_is_an_unknown_version(verl):
     del verl.modules[PPO].FusedLinearForPPO
     with pytest.raises(RuntimeError, match="has no FusedLinearForPPO"):
