@@ -72,38 +72,30 @@ def repeats(problem: dict) -> dict:
     return {}
 
 
-def any_upstream(problem: dict) -> dict:
-    """`linear_logp` under gradients of logp, entropy and lse, and `linear_loss` of the first two,
-    on the first rows: errors against float64, at most twice eager's in the problem's dtype.
+def _rows(problem: dict, most: int) -> slice:
+    """The first rows, whole sequences of them."""
+    S = problem["shape"].S
+    return slice(0, max(S, min(most, problem["shape"].T) // S * S))
+
+
+def _log_softmax(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, transform=None) -> tuple:
+    """(logp, entropy, lse) by plain torch: logits rounded to the operands' dtype, the rest in
+    float32, or all of it in float64.
     """
-    rows = slice(0, 512)
-    targets_T = problem["targets"][rows]
-    generator = torch.Generator().manual_seed(3)
-    device = targets_T.device
-    upstream_3T = torch.randn(3, len(targets_T), generator=generator).to(device)
+    logits_TV = hidden_TD @ weight_VD.T
+    logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    logits_TV = transform(logits_TV) if transform else logits_TV
+    lse_T = logits_TV.logsumexp(-1)
+    logp_TV = logits_TV - lse_T.unsqueeze(1)
+    logp_T = logp_TV.gather(1, targets_T.unsqueeze(1)).squeeze(1)
+    return logp_T, -(logp_TV.exp() * logp_TV.clamp(min=-1e4)).sum(-1), lse_T
 
-    def eager(with_lse: bool) -> Callable:
-        def loss(hidden_TD, weight_VD):
-            logits_TV = hidden_TD @ weight_VD.T
-            logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
-            lse_T = logits_TV.logsumexp(-1)
-            logp_TV = logits_TV - lse_T.unsqueeze(1)
-            logp_T = logp_TV.gather(1, targets_T.unsqueeze(1)).squeeze(1)
-            parts = (logp_T, -(logp_TV.exp() * logp_TV).sum(-1), lse_T)
-            return _weighted(parts[: 2 + with_lse], upstream_3T)
 
-        return loss
+def _compared(op: str, problem: dict, rows: slice, eager: Callable, ours: Callable) -> dict:
+    """Errors of dhidden and dweight, at most twice eager's in the problem's dtype.
 
-    def ours(hidden_TD, weight_VD):
-        prior_T = problem["logp_old"][rows]
-        out = r1kernels.linear_logp(hidden_TD, weight_VD, targets_T, entropy=True, prior=prior_T)
-        return _weighted(out, upstream_3T)
-
-    def fused(hidden_TD, weight_VD):
-        def loss_fn(logp_C, entropy_C, at):
-            return logp_C * upstream_3T[0, at] + entropy_C * upstream_3T[1, at]
-
-        return r1kernels.linear_loss(hidden_TD, weight_VD, targets_T, loss_fn, entropy=True)
+    Both are losses of (hidden, weight).
+    """
 
     def gradients(loss: Callable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         hidden_TD = problem["hidden"][rows].to(dtype).detach().requires_grad_()
@@ -112,18 +104,134 @@ def any_upstream(problem: dict) -> dict:
         return hidden_TD.grad, weight_VD.grad
 
     dtype = problem["hidden"].dtype
-    out = {}
-    for op, loss, with_lse in (("linear_logp", ours, True), ("linear_loss", fused, False)):
-        truth = gradients(eager(with_lse), torch.float64)
-        plain = gradients(eager(with_lse), dtype)
-        found = gradients(loss, dtype)
-        for name, *values in zip(("dhidden", "dweight"), found, plain, truth, strict=True):
-            out[f"{op} {name}"] = _no_worse(f"{op}'s {name}", *values)
-    return out
+    truth, plain = gradients(eager, torch.float64), gradients(eager, dtype)
+    found = gradients(ours, dtype)
+    return {
+        f"{op} {name}": _no_worse(f"{op}'s {name}", *values)
+        for name, *values in zip(("dhidden", "dweight"), found, plain, truth, strict=True)
+    }
+
+
+def _upstream(problem: dict, rows: slice) -> Tensor:
+    """[3, T] random gradients of logp, entropy and lse."""
+    targets_T = problem["targets"][rows]
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(3, len(targets_T), generator=generator).to(targets_T.device)
 
 
 def _weighted(parts: tuple[Tensor, ...], upstream_3T: Tensor) -> Tensor:
     return sum((x * u.to(x)).sum() for x, u in zip(parts, upstream_3T, strict=False))
+
+
+def any_upstream(problem: dict) -> dict:
+    """`linear_logp` under gradients of logp, entropy and lse; `linear_loss` of the first two."""
+    rows = _rows(problem, 512)
+    targets_T, prior_T = problem["targets"][rows], problem["logp_old"][rows]
+    upstream_3T = _upstream(problem, rows)
+
+    def eager(count: int) -> Callable:
+        return lambda h, w: _weighted(_log_softmax(h, w, targets_T)[:count], upstream_3T)
+
+    def ours(h, w):
+        out = r1kernels.linear_logp(h, w, targets_T, entropy=True, prior=prior_T)
+        return _weighted(out, upstream_3T)
+
+    def fused(h, w):
+        def loss_fn(logp_C, entropy_C, at):
+            return logp_C * upstream_3T[0, at] + entropy_C * upstream_3T[1, at]
+
+        return r1kernels.linear_loss(h, w, targets_T, loss_fn, entropy=True, prior=prior_T)
+
+    found = _compared("linear_logp", problem, rows, eager(3), ours)
+    return found | _compared("linear_loss", problem, rows, eager(2), fused)
+
+
+def transforms(problem: dict) -> dict:
+    """Bias, softcap, logit scale and a temperature for each token."""
+    rows = _rows(problem, 512)
+    targets_T, prior_T = problem["targets"][rows], problem["logp_old"][rows]
+    upstream_3T = _upstream(problem, rows)
+    generator = torch.Generator().manual_seed(4)
+    bias_V = torch.randn(len(problem["weight"]), generator=generator).to(problem["weight"])
+    tau_T = (0.5 + torch.rand(len(targets_T), generator=generator)).to(targets_T.device)
+
+    def transform(logits_TV):
+        z_TV = 0.8 * (logits_TV + bias_V.to(logits_TV))
+        return 30.0 * torch.tanh(z_TV / 30.0) / tau_T.to(logits_TV).unsqueeze(1)
+
+    def eager(h, w):
+        return _weighted(_log_softmax(h, w, targets_T, transform), upstream_3T)
+
+    def ours(h, w):
+        out = r1kernels.linear_logp(
+            h, w, targets_T, bias=bias_V, temperature=tau_T, softcap=30.0, logit_scale=0.8,
+            entropy=True, prior=prior_T,
+        )  # fmt: skip
+        return _weighted(out, upstream_3T)
+
+    return _compared("linear_logp", problem, rows, eager, ours)
+
+
+def objectives(problem: dict) -> dict:
+    """Losses of the GRPO family beside the clipped one of the modes, over several chunks.
+
+    The truth is `policy_loss`, plain torch, of float64 log-probabilities.
+    """
+    rows = _rows(problem, 1024)
+    S, device = problem["shape"].S, problem["hidden"].device
+    cu_seqlens = torch.arange(0, rows.stop + 1, S, dtype=torch.int32, device=device)
+    targets_T, old_T = problem["targets"][rows], problem["logp_old"][rows]
+    advantages_B = problem["advantages"][: rows.stop // S]
+    kinds = {
+        "gspo": r1kernels.PolicyObjective.gspo(),
+        "grpo with a KL term": r1kernels.PolicyObjective.grpo(kl_coef=0.04),
+        "cispo": r1kernels.PolicyObjective.cispo(),
+        "sapo": r1kernels.PolicyObjective.sapo(),
+    }
+    out = {}
+    for name, objective in kinds.items():
+        streams = {"logp_old": old_T, "cu_seqlens": cu_seqlens}
+        if objective.kl_coef:
+            streams["logp_ref"] = old_T - 0.1
+
+        def eager(h, w, objective=objective, streams=streams):
+            logp_T = _log_softmax(h, w, targets_T)[0]
+            return r1kernels.policy_loss(logp_T, advantages_B, objective, **streams).loss
+
+        def ours(h, w, objective=objective, streams=streams):
+            return r1kernels.linear_policy_loss(
+                h, w, targets_T, advantages_B, objective, prior=old_T, workspace_mb=64, **streams
+            ).loss
+
+        out |= _compared(name, problem, rows, eager, ours)
+    return out
+
+
+def kept_sets(problem: dict) -> dict:
+    """`linear_logp` under ragged sets of kept ids, up to 64 for a row."""
+    rows = _rows(problem, 256)
+    targets_T = problem["targets"][rows]
+    T, V = len(targets_T), len(problem["weight"])
+    generator = torch.Generator().manual_seed(5)
+    sizes_T = torch.randint(1, min(64, V), (T,), generator=generator)
+    kept_TV = torch.zeros(T, V, dtype=torch.bool)
+    for row, size in enumerate(sizes_T.tolist()):
+        kept_TV[row, torch.randint(V, (size,), generator=generator)] = True
+    kept_TV[torch.arange(T), targets_T.cpu()] = True
+    ids_N = kept_TV.nonzero()[:, 1].to(targets_T.device)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept_TV.sum(1).cumsum(0)])
+    upstream_3T = _upstream(problem, rows)
+    left_out_TV = ~kept_TV.to(targets_T.device)
+
+    def eager(h, w):
+        out = _log_softmax(h, w, targets_T, lambda l_TV: l_TV.masked_fill(left_out_TV, -torch.inf))
+        return _weighted(out[:1], upstream_3T)
+
+    def ours(h, w):
+        kept = (ids_N, offsets.to(targets_T.device))
+        return _weighted(r1kernels.linear_logp(h, w, targets_T, kept=kept)[:1], upstream_3T)
+
+    return _compared("kept", problem, rows, eager, ours)
 
 
 def _no_worse(name: str, value: Tensor, eager: Tensor, truth: Tensor) -> float:
@@ -239,4 +347,7 @@ def _no_truth(T: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # What a problem is enough for; the others choose sizes of their own.
-ON_A_PROBLEM = {"paths_agree": paths_agree, "repeats": repeats, "any_upstream": any_upstream}
+ON_A_PROBLEM = {
+    check.__name__: check
+    for check in (any_upstream, transforms, objectives, kept_sets, paths_agree, repeats)
+}

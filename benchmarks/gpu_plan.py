@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from benchmarks import checks
 from benchmarks.peers import PEERS
 from benchmarks.problem import GPU_MODES
 from benchmarks.shapes import Shape
@@ -117,7 +118,7 @@ def smoke(quick: bool) -> list[tuple[str, dict]]:
     return [
         *((mode, problem) for mode in GPU_MODES),
         *((mode, logits) for mode in ("logits_forward", "logits_step")),
-        *((name, problem) for name in ("any_upstream", "paths_agree", "repeats")),
+        *((name, problem) for name in checks.ON_A_PROBLEM),
         ("beyond_int32", beyond),
     ]
 
