@@ -20,8 +20,16 @@ from benchmarks.provider import Missing, Provider, Result
 from benchmarks.providers import PROVIDERS, accumulate, find, variants
 from benchmarks.shapes import Shape
 from r1kernels import use_backend
+from r1kernels.backend import refusal
 
 TINY = Shape(T=64, D=16, V=512, S=8)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROBE = torch.zeros(2, 4, device=DEVICE)
+KERNELS = [
+    name
+    for name in ("native", "triton", "cuda")
+    if refusal("linear_logp", name, PROBE, PROBE) is None
+]
 
 
 def _exits(problem, mode):
@@ -328,18 +336,18 @@ def test_logits_providers_compute_the_mode(mode, name):
 
 
 @pytest.mark.parametrize("name", checks.ON_A_PROBLEM)
-@pytest.mark.parametrize("implementation", ["native", "triton"])
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_checks_pass_on_the_kernels(name, implementation):
     """At a size for Triton's interpreter. The reference, a definition, is not held to eager's error
     in float32.
     """
-    problem = problems.build(Shape(T=16, D=16, V=160, S=4), "float32", drawn=16)
+    problem = problems.build(Shape(T=16, D=16, V=160, S=4), "float32", device=DEVICE, drawn=16)
     with use_backend(implementation):
         checks.ON_A_PROBLEM[name](problem)
 
 
 def test_beyond_int32_at_a_small_size(backend):
-    checks.beyond_int32("cpu", 64, 16, 128, 1)
+    checks.beyond_int32(DEVICE, 64, 16, 128, 1)
 
 
 def test_checks_fail_on_wrong_numbers(problem, monkeypatch):
