@@ -27,8 +27,8 @@ class Cell:
     providers: tuple[str, ...]
     kind: str = "head"
     dtype: str = "bfloat16"
-    # Every GEMM kernel of ours, not only the one that is chosen by itself.
-    variants: bool = False
+    # Of our Triton products beside the chosen ones: "kernels" (of GEMM 1), "counted" rows, "all".
+    variants: str = ""
 
     @property
     def name(self) -> str:
@@ -69,20 +69,20 @@ def cells(quick: bool = False, full: bool = False) -> list[Cell]:
     whole = ("floor_whole", "triton_invariant", "eager", "compile", *EVERY_PEER)
     some = ("eager", *QUICK_PEERS)
     found = [
-        replace(head_cell(32768, LLAMA, "forward_backward", whole), variants=True),
+        replace(head_cell(32768, LLAMA, "forward_backward", whole), variants="all"),
         replace(
             head_cell(32768, LLAMA, "forward", ("floor_whole", "eager", "compile", *QUICK_PEERS)),
-            variants=True,
+            variants="kernels",
         ),
         head_cell(32768, LLAMA, "frozen", some),
         head_cell(8192, QWEN_8B, "forward_backward", (*some, "liger_flce", "torch_lce")),
         *logits_cells(8192, QWEN_8B["V"]),
         head_cell(32768, QWEN_1B, "forward_backward", some),
-        replace(head_cell(32768, QWEN_1B, "forward", ("eager",)), variants=True),
+        replace(head_cell(32768, QWEN_1B, "forward", ("eager",)), variants="kernels"),
         head_cell(32768, QWEN_7B, "forward_backward", some),
         head_cell(32768, LLAMA, "masked_50", ("trl", "cce")),
-        head_cell(32768, LLAMA, "zero_80", ("trl", "cce")),
-        head_cell(32768, LLAMA, "zero_50", ()),
+        replace(head_cell(32768, LLAMA, "zero_80", ("trl", "cce")), variants="counted"),
+        replace(head_cell(32768, LLAMA, "zero_50", ()), variants="counted"),
         head_cell(2048, LLAMA, "forward_backward", some),
         head_cell(131072, LLAMA, "forward_backward", ("liger_sm90", "cce", "trl")),
         head_cell(32768, LLAMA, "entropy", ("trl", "liger_sm90")),

@@ -336,6 +336,15 @@ def providers_of(cell: Cell) -> dict[str, Provider]:
     return {spec: provider for spec, provider in found.items() if cell.mode in provider.modes}
 
 
+def with_variants(cell: Cell, others: tuple[str, ...]) -> Cell:
+    """The cell with those of our other products that it asks for."""
+    counted = [name for name in others if name == "triton@counted"]
+    kernels = [name for name in others if name != "triton@counted"]
+    more = {"": [], "kernels": kernels, "counted": counted, "all": others}[cell.variants]
+    more = more if "triton" in cell.providers else []
+    return dataclasses.replace(cell, providers=(*cell.providers, *more))
+
+
 def file_name(device: str) -> str:
     """The GPU's name as a file may be called; what stands for it without one."""
     name = gpu_state().get("name", "gpu") if device == "cuda" else "dry-run"
@@ -400,8 +409,7 @@ def run(
         suite.rates()
         others = suite.variants() if any("triton" in cell.providers for cell in cells) else ()
         for cell in cells:
-            more = others if cell.variants and "triton" in cell.providers else ()
-            suite.cell(dataclasses.replace(cell, providers=(*cell.providers, *more)))
+            suite.cell(with_variants(cell, others))
     except OutOfTime:
         say("out of time: what was measured is written")
     except WorkerError as error:

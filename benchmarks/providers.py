@@ -224,29 +224,36 @@ def _compiled_loss() -> Callable:
 
 
 def variants() -> list[str]:
-    """Triton's GEMM variants for this GPU beside the one that runs by itself, as providers."""
+    """Triton's products for this GPU beside those that run by themselves, as providers.
+
+    "triton@counted" multiplies rows that the device lists, the others have another GEMM 1.
+    """
     try:
         configs = importlib.import_module("r1kernels._triton.head_configs")
         common = importlib.import_module("r1kernels._triton.common")
     except ImportError:
         return []
     arch = common.architecture(torch.device("cuda")) if torch.cuda.is_available() else 0
-    chosen = configs.CHOICE.get(arch)
-    return [f"triton@{k}" for k, v in configs.VARIANTS.items() if arch in v and k != chosen]
+    names = [k for k, v in configs.VARIANTS.items() if arch in v and k != configs.CHOICE.get(arch)]
+    counted = getattr(configs, "COUNTED", {arch: True})
+    names += [] if counted.get(arch) else ["counted"]
+    return [f"triton@{name}" for name in names]
 
 
 def _variant(name: str) -> Callable:
-    """Ours by Triton with another GEMM kernel than the chosen one, for the time of an iteration."""
+    """Ours by Triton with another table entry than the chosen one, for the time of an iteration."""
 
     def make(problem: dict, mode: str) -> Callable:
         configs = importlib.import_module("r1kernels._triton.head_configs")
         common = importlib.import_module("r1kernels._triton.common")
-        choice = {common.architecture(problem["hidden"].device): name}
-        with mock.patch.dict(configs.CHOICE, choice):
+        arch = common.architecture(problem["hidden"].device)
+        counted = name == "counted"
+        table, entry = (configs.COUNTED, True) if counted else (configs.CHOICE, name)
+        with mock.patch.dict(table, {arch: entry}):
             run = _ours("triton")(problem, mode)
 
         def run_variant() -> Result:
-            with mock.patch.dict(configs.CHOICE, choice):
+            with mock.patch.dict(table, {arch: entry}):
                 return run()
 
         return run_variant

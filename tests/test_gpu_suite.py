@@ -418,29 +418,43 @@ def test_memory_formula_grows_by_gradients_and_vectors_alone():
     assert high - low == pytest.approx((131072 - 8192) * (2 * 4096 + 256) / 2**20)
 
 
-def test_variants_of_our_kernel_run_with_their_own_choice(problem, monkeypatch):
-    """With a stand-in for the table of kernels: an entry is swapped for the time of a run."""
+@pytest.mark.parametrize(("name", "table"), [("wide", "CHOICE"), ("counted", "COUNTED")])
+def test_variants_of_our_products_run_with_their_own_entry(problem, monkeypatch, name, table):
+    """With a stand-in for the tables: an entry is swapped for the time of a run."""
     configs = types.ModuleType("r1kernels._triton.head_configs")
-    configs.CHOICE = {0: "plain"}
+    configs.CHOICE, configs.COUNTED = {0: "plain"}, {0: False}
     configs.VARIANTS = {"plain": {0: None}, "wide": {0: None, 90: None}, "wgmma": {90: None}}
     monkeypatch.setitem(sys.modules, configs.__name__, configs)
-    assert variants() == ["triton@wide"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert variants() == ["triton@wide", "triton@counted"]
     seen = []
 
     def ours(backend):
-        seen.append((backend, dict(configs.CHOICE)))
-        return lambda problem, mode: lambda: seen.append((backend, dict(configs.CHOICE)))
+        seen.append((backend, getattr(configs, table)[0]))
+        return lambda problem, mode: lambda: seen.append((backend, getattr(configs, table)[0]))
 
     monkeypatch.setattr(providers, "_ours", ours)
-    provider = find("triton@wide")
-    assert provider.is_ours and provider.name == "triton@wide" and provider.family == "triton"
+    provider = find(f"triton@{name}")
+    assert provider.is_ours and provider.name == f"triton@{name}" and provider.family == "triton"
+    before = getattr(configs, table)[0]
     provider.make(problem, "forward")()
-    assert seen == [("triton", {0: "wide"})] * 2
-    assert configs.CHOICE == {0: "plain"}
-    assert is_ours({"provider": "triton@wide"})
+    assert seen == [("triton", True if name == "counted" else name)] * 2
+    assert getattr(configs, table) == {0: before}
+    assert is_ours({"provider": f"triton@{name}"})
 
 
-def test_cells_with_variants_get_them_and_others_do_not():
+def test_cells_get_the_variants_that_matter_to_them():
     cells = gpu_plan.cells()
-    assert next(cell.name for cell in cells if cell.variants) == cells[0].name
-    assert not [cell for cell in cells if cell.variants and "triton" not in cell.providers]
+    others = ("triton@tma", "triton@counted")
+
+    def added(mode):
+        cell = next(cell for cell in cells if cell.mode == mode)
+        whole = gpu_suite.with_variants(gpu_suite.chosen(cell, "cuda", None), others)
+        return set(whole.providers) - set(cell.providers)
+
+    assert added("forward_backward") == set(others)
+    assert added("forward") == {"triton@tma"}
+    assert added("zero_80") == added("zero_50") == {"triton@counted"}
+    assert added("masked_50") == set()
+    peers_alone = gpu_suite.chosen(cells[0], "cuda", ["eager"])
+    assert "triton@tma" not in gpu_suite.with_variants(peers_alone, others).providers
