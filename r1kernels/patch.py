@@ -212,6 +212,8 @@ def _signatures(x: object) -> list[list[inspect.Parameter]]:
 
     if isinstance(x, type) and issubclass(x, torch.nn.Module):
         return [parameters(x.__init__, 1), parameters(x.forward, 1)]
+    # A library may keep the class, or its apply under another name.
+    x = getattr(x, "__self__", x)
     if isinstance(x, type) and issubclass(x, torch.autograd.Function):
         return [parameters(x.forward, 1)]
     return [parameters(x.apply if isinstance(x, type) else x, 0)]

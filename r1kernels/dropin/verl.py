@@ -47,12 +47,13 @@ def linear_cross_entropy(
 class FusedLinearForPPO(torch.nn.Module):
     """(log-probabilities float32, entropy in the dtype of the hidden states), shaped as the labels.
 
-    chunk_size is accepted and has no effect: the workspace sets the chunks.
+    chunk_size and impl_backend ("torch" or "liger") are accepted and have no effect.
     """
 
-    def __init__(self, chunk_size: int = 512):
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
         super().__init__()
-        self.chunk_size = chunk_size
+        choice("impl_backend", impl_backend, ("torch", "liger"))
+        self.chunk_size, self.impl_backend = chunk_size, impl_backend
 
     def forward(
         self,

@@ -1,8 +1,9 @@
 """Signatures of libraries that do not install on a machine without a GPU, as they stand in public.
 
-Bodies are plain eager torch of our own. SOURCES says where a signature was read; FusedOutputLinear
-there is the older of prime-rl's two, and MaskedOutputLinear the one since its sampling-mask replay
-(pull request 3431 of PrimeIntellect-ai/prime-rl), read from a copy that names no commit.
+Bodies are plain eager torch of our own; SOURCES says where a signature was read. Two libraries have
+a second form beside the one of MEMBERS: verl's release 0.9.1 (read from its wheel) in RELEASED, and
+prime-rl since its sampling-mask replay (pull request 3431 there; read from a copy that names no
+commit) as MaskedOutputLinear.
 """
 
 import sys
@@ -75,6 +76,25 @@ class FusedLinearForPPO(torch.nn.Module):
         return logp, entropy.to(hidden_states.dtype)
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: typing.Optional[float] = 1.0,  # noqa: UP045
+        reduction: typing.Optional[str] = "none",  # noqa: UP045
+        dist_process_group: typing.Optional[dist.ProcessGroup] = None,  # noqa: UP045
+    ) -> list[torch.Tensor]:
+        return linear_cross_entropy(hidden, weight, labels, temperature, reduction)
+
+
+class ReleasedFusedLinearForPPO(FusedLinearForPPO):
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
+        super().__init__(chunk_size)
+
+
 def logprobs_from_logits(logits, labels, inplace_backward=True):
     return eager(logits, labels)[0]
 
@@ -124,6 +144,12 @@ MEMBERS = {
     "verl.utils.torch_functional": logprobs_from_logits,
     "openrlhf.models.utils": log_probs_from_logits,
     "prime_rl.trainer.models.layers.lm_head": FusedOutputLinear,
+}
+
+RELEASED = {
+    "verl.utils.kernel.linear_cross_entropy": LinearCrossEntropy.apply,
+    "verl.utils.experimental.torch_functional": ReleasedFusedLinearForPPO,
+    "verl.utils.torch_functional": logprobs_from_logits,
 }
 
 

@@ -1,3 +1,4 @@
+import importlib
 import inspect
 from types import SimpleNamespace
 
@@ -22,12 +23,21 @@ def parameters(x):
     return [(p.name, p.kind, p.default) for p in inspect.signature(x).parameters.values()]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_signatures(name):
-    theirs, ours = stubs.MEMBERS[MODULES[name]], getattr(dropin, name)
-    assert parameters(ours) == parameters(theirs)
-    if isinstance(ours, type):
-        assert parameters(ours.forward) == parameters(theirs.forward)
+def test_signatures():
+    ours = dropin.linear_cross_entropy
+    assert parameters(ours) == parameters(stubs.linear_cross_entropy)
+    assert parameters(ours) == parameters(stubs.LinearCrossEntropy.forward)[1:]
+    assert parameters(dropin.logprobs_from_logits) == parameters(stubs.logprobs_from_logits)
+    ours, older, released = (
+        [parameters(cls), parameters(cls.forward)]
+        for cls in (
+            dropin.FusedLinearForPPO,
+            stubs.FusedLinearForPPO,
+            stubs.ReleasedFusedLinearForPPO,
+        )
+    )
+    assert ours == released
+    assert [ours[0][:-1], ours[1]] == older
 
 
 def heads(fn, temperature, **options):
@@ -100,22 +110,37 @@ def test_what_has_no_counterpart_is_refused():
     hidden, weight, targets, _ = make((5,), 8, 17, torch.float32)
     with pytest.raises(ValueError, match="reduction"):
         dropin.linear_cross_entropy(hidden, weight, targets, 1.0, "batchmean")
+    with pytest.raises(ValueError, match="impl_backend"):
+        dropin.FusedLinearForPPO(impl_backend="cute")
     alone, several = (SimpleNamespace(size=lambda n=n: n) for n in (1, 2))
     dropin.linear_cross_entropy(hidden, weight, targets, 1.0, "none", alone)
     with pytest.raises(ValueError, match="dist_process_group"):
         dropin.linear_cross_entropy(hidden, weight, targets, 1.0, "none", several)
 
 
-def test_patch(monkeypatch):
+@pytest.mark.parametrize("members", [stubs.MEMBERS, stubs.RELEASED], ids=["main", "released"])
+def test_patch(monkeypatch, members):
     modules = stubs.install(monkeypatch, "verl")
-    caller = next(iter(modules.values()))
-    caller.borrowed = stubs.FusedLinearForPPO
+    for title, module in modules.items():
+        setattr(module, stubs.MEMBERS[title].__name__, members[title])
+        module.borrowed = members[title]
     with r1kernels.patch("verl") as places:
-        assert f"{caller.__name__}.borrowed" in places
-        assert caller.borrowed is dropin.FusedLinearForPPO
         for title, module in modules.items():
             name = stubs.MEMBERS[title].__name__
-            assert getattr(module, name) is getattr(dropin, name)
-    assert caller.borrowed is stubs.FusedLinearForPPO
+            assert {f"{title}.{name}", f"{title}.borrowed"} <= set(places)
+            assert getattr(module, name) is module.borrowed is getattr(dropin, name)
     for title, module in modules.items():
-        assert getattr(module, stubs.MEMBERS[title].__name__) is stubs.MEMBERS[title]
+        assert getattr(module, stubs.MEMBERS[title].__name__) is module.borrowed is members[title]
+
+
+def test_real_verl():
+    pytest.importorskip("verl")
+    torch_functional = importlib.import_module(MODULES["FusedLinearForPPO"])
+    importlib.import_module(MODULES["linear_cross_entropy"])
+    inputs = make((3, 11), 24, 501, torch.float32)
+    truth = heads(stubs.FusedLinearForPPO(), 0.7)
+    theirs = evaluate(heads(torch_functional.FusedLinearForPPO(7), 0.7), inputs)
+    with r1kernels.patch("verl") as places:
+        assert {f"{title}.{name}" for name, title in MODULES.items()} <= set(places)
+        ours = evaluate(heads(torch_functional.FusedLinearForPPO(7), 0.7), inputs)
+    assert_each_no_worse(ours, theirs, evaluate(truth, inputs, torch.float64))
