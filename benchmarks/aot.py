@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from r1kernels._triton import common
+from r1kernels._triton import counted_kernels as counted
 from r1kernels._triton import head_configs as configs
 from r1kernels._triton import head_kernels as head
 from r1kernels._triton import kept_logp as kept
@@ -69,6 +70,8 @@ PARAMETERS = {
     "out_ptr": "*o",
     "left_ptr": "*x",
     "right_ptr": "*x",
+    "steps_ptr": "*i32",
+    "num_steps_ptr": "*i32",
     "sums_ptr": "*fp64",
     "targets_ptr": "*i64",
     "order_ptr": "*i64",
@@ -150,6 +153,8 @@ def builds(arch: int) -> Iterator[Build]:
         yield Build(
             product.__name__, "_add_product_kernel", arch, x, "fp32", blocks, options, aligned
         )
+        if x == "bf16" and aligned:
+            yield from _counted_builds(arch)
         for name, variant in configs.VARIANTS.items():
             if arch in variant and (name == "pointers" or (aligned and x != "fp32")):
                 yield from _head_builds(arch, dtype, name, aligned)
@@ -166,6 +171,17 @@ def builds(arch: int) -> Iterator[Build]:
         (common, "_finish_rows_kernel", {"BLOCK_T": common.BLOCK_ROWS}),
     ):
         yield Build(module.__name__, kernel, arch, "fp32", "fp32", blocks, {"num_warps": 4}, False)
+
+
+def _counted_builds(arch: int) -> Iterator[Build]:
+    """The GEMMs over listed rows."""
+    blocks = {"BLOCK": counted.BLOCK, "STEP": counted.STEP, "GROUP": counted.GROUP}
+    kernels = [("_hidden_rows_kernel", {"EVEN": even}) for even in (False, True)]
+    for kernel, flags in [*kernels, ("_weight_rows_kernel", {})]:
+        for lists in (False, True):
+            constants = {**blocks, **flags, "LISTS": lists}
+            options = counted.options(arch)
+            yield Build(counted.__name__, kernel, arch, "bf16", "fp32", constants, options)
 
 
 def _head_builds(arch: int, dtype: torch.dtype, variant: str, aligned: bool) -> Iterator[Build]:
@@ -188,9 +204,9 @@ def _head_builds(arch: int, dtype: torch.dtype, variant: str, aligned: bool) -> 
             low = flags.pop("HAS_LOW", False)
             gradient = mode == "gradient"
             config = configs.launch_config(
-                arch, dtype, aligned, gradient, flags["SOFTCAP"], variant
+                arch, dtype, aligned, gradient, flags["SOFTCAP"], flags["ENTROPY"], variant
             )
-            if config.loads == "pointers" and not pointers:
+            if config.loads != configs.VARIANTS[variant][arch].loads:
                 continue
             blocks = {key: getattr(config, key) for key in ("BLOCK_C", "BLOCK_V", "BLOCK_D")}
             blocks |= {"GROUP_C": config.GROUP_C, "SPLIT": config.SPLIT, "MODE": MODES[mode]}
@@ -201,10 +217,8 @@ def _head_builds(arch: int, dtype: torch.dtype, variant: str, aligned: bool) -> 
                 kernel = "_head_tma_kernel"
                 yield Build(head.__name__, kernel, arch, x, out, blocks, options, aligned, variant)
                 continue
-            # Lists are for the rows to be redone.
-            for listed in {"sums": (False, True), "store": (False, True), "top": (True,)}.get(
-                mode, (False,)
-            ):
+            # Lists are of rows to be redone, or of those with a coefficient.
+            for listed in {"product": (False,), "top": (True,)}.get(mode, (False, True)):
                 constants = {**blocks, "HAS_LOW": low, "EVEN_D": aligned, "LISTED": listed}
                 yield Build(
                     head.__name__, "_head_kernel", arch, x, out, constants, options, aligned

@@ -156,7 +156,12 @@ class Gradients(NamedTuple):
 
 
 class HeadChunk(Protocol):
-    """One backend's work on up to `rows` rows at a time."""
+    """One backend's work on up to `rows` rows at a time.
+
+    every_row: set where all rows are known to have a coefficient, so that none looks for them.
+    """
+
+    every_row: bool = False
 
     def __init__(self, head: Head, rows: int, entropy: bool, entropy_grad: bool): ...
 
@@ -249,6 +254,7 @@ def jacobian(
     jac_TD = rows.buffer(torch.float32)
     jac_entropy_TD = rows.buffer(torch.float32) if entropy else None
     work = _start(chunk, head, min(size, len(rows.targets_T)), entropy, entropy)
+    work.every_row = True
     grads = Gradients(True, None, None)
     for at in _slices(rows, size):
         stats = work.forward(rows.take(at), keep=True)

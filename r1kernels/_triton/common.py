@@ -1,5 +1,7 @@
 """Device helpers and launch facts shared by the Triton kernels."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,21 @@ def device_refusal(tensor: Tensor | None) -> str | None:
 def dtype_refusal(tensor: Tensor) -> str | None:
     """Why a tensor's dtype is not supported, or None."""
     return None if tensor.dtype in DTYPES else f"dtype is {tensor.dtype}"
+
+
+class RowList(NamedTuple):
+    """Rows listed on the device, in order: the first `count` entries of `rows`; zeros follow, more
+    of them than any kernel reads ahead."""
+
+    rows: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, mask_C: Tensor) -> "RowList":
+        """The rows where mask_C is set; the host does not wait for their number."""
+        size = len(mask_C) + 256
+        rows = torch.nonzero_static(mask_C, size=size, fill_value=0).squeeze(1)
+        return cls(rows, mask_C.sum(dtype=torch.int32))
 
 
 def inverse_temperature(temperature_T: Tensor | None, like_TX: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from r1kernels._triton.common import LOWEST, architecture, inverse_temperature
+from r1kernels._triton.common import LOWEST, RowList, architecture, inverse_temperature
 from r1kernels._triton.head_configs import ALIGNMENT, is_aligned, launch_config, programs
 from r1kernels._triton.head_tiles import (
     GRADIENT,
@@ -277,18 +277,6 @@ def _reduce_kernel(
         tl.store(sums_ptr + plane * C + rows, result, mask=mask_c)
 
 
-class RowList(NamedTuple):
-    """Rows listed on the device: the first count entries of rows_C."""
-
-    rows_C: Tensor
-    count: Tensor
-
-    @classmethod
-    def of(cls, mask_C: Tensor) -> "RowList":
-        rows_C = torch.nonzero_static(mask_C, size=len(mask_C), fill_value=0).squeeze(1)
-        return cls(rows_C, mask_C.sum(dtype=torch.int32))
-
-
 def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
@@ -309,7 +297,7 @@ def _launch_head(
     device = hidden_CD.device
     config = launch_config(
         architecture(device), hidden_CD.dtype, aligned, mode == GRADIENT.value, bool(head.softcap),
-        variant if listed is None and low_CR is None else "pointers",
+        entropy, variant if listed is None and low_CR is None else "pointers",
     )  # fmt: skip
     planes, tiles = len(sums), config.tiles(V)
     partial = hidden_CD.new_empty((planes, tiles, C), dtype=torch.float32)
@@ -418,8 +406,11 @@ def gradient_chunk(
     head,
     store_CV: Tensor,
     low_CR: Tensor | None = None,
+    listed: RowList | None = None,
 ) -> Tensor:
     """Writes dL/dz into store_CV (0 in the target column) and returns t_C = dL/dz of the target.
+
+    `listed`: only those rows of store_CV are written; the others have no gradient.
 
     The logits are made again, since they cannot be had from E once it is rounded. stats (logp,
     entropy, lse) are the forward's, float64. t_C makes up for what rounding took from the row.
@@ -442,11 +433,11 @@ def gradient_chunk(
     if head.softcap:
         t_C = t_C * target_slope(stats.logp + stats.lse, inverse_temperature_C, head.softcap)
     factor_C = scale_C * per_total_C
-    sums = hidden_CD.new_empty((1, len(hidden_CD)), dtype=torch.float64)
+    sums = torch.zeros((1, len(hidden_CD)), dtype=torch.float64, device=hidden_CD.device)
     _launch_head(
         hidden_CD, targets_C, inverse_temperature_C, anchor_C,
         tuple(x.float() for x in (-gap_C * factor_C, beta_C * factor_C, centre_C)),
-        head, False, store_CV, GRADIENT.value, sums, low_CR=low_CR,
+        head, False, store_CV, GRADIENT.value, sums, listed, low_CR=low_CR,
     )  # fmt: skip
     return (t_C * scale_C + sums[0]).float()
 

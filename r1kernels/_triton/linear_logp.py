@@ -7,6 +7,7 @@ GEMM operands have the inputs' dtype; accumulation is float32 within and across 
 column goes through float32 kernels of its own.
 """
 
+import functools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from r1kernels._triton.common import (
     INTERPRETED,
+    RowList,
     architecture,
     device_refusal,
     dtype_refusal,
     inverse_temperature,
 )
-from r1kernels._triton.head_configs import launch_config
+from r1kernels._triton.counted_kernels import add_hidden_rows, add_weight_rows
+from r1kernels._triton.head_configs import COUNTED, is_aligned, launch_config
 from r1kernels._triton.head_kernels import (
     RANK_BLOCK,
     forward_chunk,
@@ -41,6 +44,8 @@ SLICE_V = 8192
 
 class HeadChunk:
     """See `r1kernels.chunked_head.HeadChunk`."""
+
+    every_row = False
 
     def __init__(self, head, rows: int, entropy: bool, entropy_grad: bool):
         weight_VD = head.weight_VD
@@ -108,6 +113,7 @@ class HeadChunk:
                 hidden_CD, low_CR, targets_C, temperature_C, stats, dlogp_C, dentropy_C, None,
                 grads,
             )  # fmt: skip
+        listed = self._listed(grads, dlogp_C)
         store_CV = self.buffer[: len(self.targets_C)][at]
         per_tau_C = inverse_temperature(temperature_C, hidden_CD)
         total_C, s_C, rounded_C = self.total_C[at], self.sums.s_C[at], self.sums.rounded_C[at]
@@ -120,7 +126,7 @@ class HeadChunk:
             )
         target_grad_C = (factor_C * (slope_C * s_C - (s_C - rounded_C))).float()
         return self._products(
-            hidden_CD, low_CR, targets_C, store_CV, -factor_C, target_grad_C, grads
+            hidden_CD, low_CR, targets_C, store_CV, -factor_C, target_grad_C, grads, listed
         )
 
     def backward(
@@ -163,14 +169,32 @@ class HeadChunk:
         """Gradients through dL/dz, written over whatever the buffer holds."""
         self.kept = False
         store_CV = self._store()[: len(targets_C)]
+        listed = self._listed(grads, dlogp_C, dentropy_C, dlse_C)
         target_grad_C = gradient_chunk(
             hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, dlse_C,
-            self.head, store_CV, low_CR,
+            self.head, store_CV, low_CR, listed,
         )  # fmt: skip
-        return self._products(hidden_CD, low_CR, targets_C, store_CV, None, target_grad_C, grads)
+        return self._products(
+            hidden_CD, low_CR, targets_C, store_CV, None, target_grad_C, grads, listed
+        )
+
+    def _listed(self, grads, *upstream: Tensor | None) -> RowList | None:
+        """The rows with a coefficient, for GEMMs that read their number; None for those over all.
+
+        The gradient of a bias reads every stored row.
+        """
+        given = [x_C != 0 for x_C in upstream if x_C is not None]
+        counted = COUNTED.get(architecture(given[0].device), False) and not self.every_row
+        if not counted or grads.bias_V is not None or is_batch_invariant():
+            return None
+        # What is compiled for GPUs; the interpreter has no products of bfloat16.
+        fits = is_aligned(self.hidden_CD, self.head.weight_VD)
+        if not fits or self.hidden_CD.dtype != (torch.float32 if INTERPRETED else torch.bfloat16):
+            return None
+        return RowList.of(functools.reduce(torch.logical_or, given))
 
     def _products(
-        self, hidden_CD, low_CR, targets_C, store_CV, factor_C, target_grad_C, grads
+        self, hidden_CD, low_CR, targets_C, store_CV, factor_C, target_grad_C, grads, listed
     ) -> Tensor | None:
         """GEMMs 2 and 3 with dL/dz = factor_C * store_CV, and the target column."""
         V = len(self.head.weight_VD)
@@ -184,7 +208,11 @@ class HeadChunk:
             self._half_products(pairs, store_CV, factor_C)
         else:
             for pair in pairs:
-                if pair.dleft_CX is not None:
+                if pair.dleft_CX is not None and listed is not None:
+                    ones_C = torch.ones_like(target_grad_C)
+                    factors_C = ones_C if factor_C is None else factor_C
+                    add_hidden_rows(pair.dleft_CX, store_CV, pair.right_VX, factors_C, listed)
+                elif pair.dleft_CX is not None:
                     _add_hidden_product(pair.dleft_CX, store_CV, pair.right_VX)
                     if factor_C is not None:
                         pair.dleft_CX.mul_(factor_C[:, None])
@@ -192,7 +220,10 @@ class HeadChunk:
                     left_CX = pair.left_CX
                     if factor_C is not None:
                         left_CX = (left_CX * factor_C[:, None]).to(left_CX.dtype)
-                    _add_product(pair.dright_VX, store_CV.T, left_CX)
+                    if listed is not None:
+                        add_weight_rows(pair.dright_VX, store_CV, left_CX, listed)
+                    else:
+                        _add_product(pair.dright_VX, store_CV.T, left_CX)
         for pair in pairs:
             if pair.dleft_CX is not None:
                 add_target_hidden(pair.dleft_CX, pair.right_VX, targets_C, target_grad_C)

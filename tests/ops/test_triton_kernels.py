@@ -6,10 +6,10 @@ from numerics import assert_no_worse, relative_error
 
 pytest.importorskip("triton", reason="needs Triton")
 from r1kernels import linear_logp, token_logp
-from r1kernels._triton import head_configs, head_kernels, target_kernels
+from r1kernels._triton import counted_kernels, head_configs, head_kernels, target_kernels
 from r1kernels._triton import linear_logp as triton_head
 from r1kernels._triton import token_logp as triton_token
-from r1kernels._triton.common import INTERPRETED, architecture
+from r1kernels._triton.common import INTERPRETED, RowList, architecture
 from r1kernels.backend import use_backend
 from r1kernels.chunked_head import Gradients, Head, Rows
 from r1kernels.reference.linear_logp import linear_logp as reference_linear
@@ -201,6 +201,74 @@ def test_kept_and_recomputed_gradients_agree(softcap):
     grads = Gradients.zeros(head, True, True, False)
     part = chunk.gradients(active, dlogp[active], None, grads, True)
     assert relative_error(part, found[0][0][active]) < 3e-6
+
+
+def listed_problem(dtype):
+    """Operands of the GEMMs over listed rows, with NaN in the rows that are not listed."""
+    C, V, D = 57, 83, 40
+    mask = torch.rand(C, device=DEVICE) < 0.4
+    mask[0], mask[C - 1] = False, True
+    left = torch.randn(C, 96, device=DEVICE).to(dtype)
+    left[~mask] = float("nan")
+    right, weight = (torch.randn(n, D, device=DEVICE).to(dtype) for n in (C, V))
+    factor = torch.randn(C, device=DEVICE)
+    dhidden, dweight = torch.randn(C, D, device=DEVICE), torch.randn(V, D, device=DEVICE)
+    return mask, left, weight, right, factor, dhidden, dweight
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", [False, True], ids=["all-tiles", "kept-tiles"])
+def test_products_over_listed_rows(tiles, dtype):
+    mask, left, weight, right, factor, dhidden, dweight = listed_problem(dtype)
+    listed = RowList.of(mask)
+    rows, block = mask.nonzero().squeeze(1), counted_kernels.BLOCK
+    part = left[rows, : len(weight)].double()
+    kept = None
+    if tiles:
+        keep = torch.rand(-(-len(mask) // block), -(-len(weight) // block), device=DEVICE) < 0.5
+        keep[0], keep[:, 0] = False, True
+        kept = counted_kernels.KeptTiles.of(keep)
+        wide = keep.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        part *= wide[: len(rows), : len(weight)]
+    hidden_truth, weight_truth = dhidden.double(), dweight.double()
+    hidden_truth[rows] += factor[rows, None].double() * (part @ weight.double())
+    weight_truth += part.T @ right[rows].double()
+    again = dweight.clone()
+    counted_kernels.add_hidden_rows(dhidden, left, weight, factor, listed, kept)
+    counted_kernels.add_weight_rows(dweight, left, right, listed, kept)
+    counted_kernels.add_weight_rows(again, left, right, listed, kept)
+    assert relative_error(dhidden, hidden_truth) < 1e-6
+    assert relative_error(dweight, weight_truth) < 1e-6
+    assert torch.equal(dweight, again)
+
+
+def test_an_empty_list_writes_nothing():
+    mask, left, weight, right, factor, dhidden, dweight = listed_problem(torch.float32)
+    listed = RowList.of(torch.zeros_like(mask))
+    before = dhidden.clone(), dweight.clone()
+    counted_kernels.add_hidden_rows(dhidden, left, weight, factor, listed)
+    counted_kernels.add_weight_rows(dweight, left, right, listed)
+    assert torch.equal(dhidden, before[0])
+    assert torch.equal(dweight, before[1])
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["kept", "recomputed"])
+def test_gradients_of_listed_rows_are_those_of_all(entropy, monkeypatch):
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    hidden, weight, targets, _ = problem(33, 67, 64, dtype)
+    dlogp = torch.randn(33, device=DEVICE) * (torch.rand(33, device=DEVICE) < 0.3)
+    dentropy = torch.where(dlogp == 0, 0.0, 0.5) if entropy else None
+    found = []
+    for counted in (False, True):
+        monkeypatch.setitem(head_configs.COUNTED, ARCH, counted)
+        chunk, rows, head = chunk_of(hidden, weight, targets)
+        chunk.forward(rows, keep=True)
+        grads = Gradients.zeros(head, True, True, False)
+        assert (chunk._listed(grads, dlogp) is not None) == counted
+        found.append((chunk.gradients(None, dlogp, dentropy, grads, True), grads.weight_VD))
+    for listed, dense in zip(found[1], found[0], strict=True):
+        assert relative_error(listed, dense) < 3e-6
+    assert (found[1][0][dlogp == 0] == 0).all()
 
 
 def test_columns_of_minus_infinity_count_for_nothing():
