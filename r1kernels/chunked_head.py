@@ -163,6 +163,11 @@ class HeadChunk(Protocol):
 
     every_row: bool = False
 
+    # Above 0: `gradients` leaves tiles of the vocabulary out (`rows.left_out`), and `forward` with
+    # `keep` puts their mass [C] into dropped_C. Never together with an entropy gradient.
+    skip_mass: float
+    dropped_C: Tensor
+
     def __init__(self, head: Head, rows: int, entropy: bool, entropy_grad: bool): ...
 
     @staticmethod
@@ -326,7 +331,8 @@ def fused(
     grads: Gradients,
     workspace_mb: int | None,
     live: Tensor | None = None,
-) -> tuple[Logp, Tensor | None]:
+    skip_mass: float = 0.0,
+) -> tuple[Logp, Tensor | None, Tensor | None]:
     """Statistics and gradients of the loss that `coefficients` differentiates.
 
     In one pass where that is possible.
@@ -334,7 +340,9 @@ def fused(
     `whole_batch`: a row's coefficient needs all rows. Then, unless they fit one chunk, a first pass
     takes the statistics and a second one makes the logits of the rows with a coefficient again.
     `live`: on the CPU, in order, the rows that may have a coefficient (None: all may).
-    Adds to grads; returns dhidden of all rows of the call in `unscaled_dtype` of hidden's.
+    `skip_mass`: tiles of the vocabulary with less of a row's mass are left out of its gradient.
+    Adds to grads; returns the statistics, dhidden of all rows of the call in `unscaled_dtype` of
+    hidden's, and with `skip_mass` the mass left out of each row, 0 where there is no gradient.
     """
     size = chunk_rows(chunk, head, workspace_mb)
     total = len(rows.targets_T)
@@ -342,15 +350,24 @@ def fused(
     if whole_batch and (total > size or is_batch_invariant()):
         stats = forward(chunk, head, rows, entropy, workspace_mb)
         dlogp_T, dentropy_T = coefficients(slice(0, total), rounded(stats))
-        return stats, _second_pass(
-            chunk, head, rows, stats, dlogp_T, dentropy_T, grads, workspace_mb, live
-        )
+        if not skip_mass:
+            rest = grads, workspace_mb, live
+            return stats, _second_pass(chunk, head, rows, stats, dlogp_T, dentropy_T, *rest), None
+        # The masses are made with the statistics, so those are made again too.
+        active = dlogp_T.nonzero().squeeze(1)
+        _, dhidden_TD, dropped_A = fused(
+            chunk, head, rows.take(active), False, False, False,
+            lambda at, _: (dlogp_T[active][at], None), grads, workspace_mb, None, skip_mass,
+        )  # fmt: skip
+        return stats, dhidden_TD, dlogp_T.new_zeros(total).index_copy_(0, active, dropped_A)
 
     out = _empty_stats(rows, entropy)
     dtype = unscaled_dtype(rows.hidden_TD.dtype)
     dhidden_TD = rows.buffer(dtype, zero=True) if grads.hidden else None
     live = None if live is None else _Live(live, rows.hidden_TD)
     work = _start(chunk, head, min(size, total), entropy, entropy_grad)
+    work.skip_mass = skip_mass
+    dropped_T = torch.zeros_like(out.logp, dtype=torch.float32) if skip_mass else None
     for at in _slices(rows, size):
         stats = work.forward(rows.take(at), keep=grads.any)
         _write(out, at, stats)
@@ -358,6 +375,7 @@ def fused(
         if not grads.any:
             continue
         active = _active(dlogp_C, dentropy_C, None if live is None else live.among(at))
+        given_C = dlogp_C
         if active is not None:
             dlogp_C, dentropy_C = (
                 dlogp_C[active],
@@ -368,7 +386,9 @@ def fused(
         dhidden_CD = work.gradients(active, dlogp_C, dentropy_C, grads, last=True)
         if dhidden_TD is not None:
             rows.put(dhidden_TD, at, dhidden_CD, active)
-    return out, dhidden_TD
+        if skip_mass:
+            dropped_T[at] = torch.where(given_C != 0, work.dropped_C, 0.0)
+    return out, dhidden_TD, dropped_T
 
 
 def rounded(stats: Logp) -> Logp:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels.backend import implementation
+from r1kernels.backend import implementation, is_batch_invariant
 from r1kernels.check import (
     describe,
     device,
@@ -205,3 +205,18 @@ def _lora(lora: object, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor,
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise TypeError(f"lora's scale must be a finite number, got {describe(scale)}")
     return lora_RD, lora_VR, float(scale)
+
+
+def check_skip_mass(skip_mass: object, entropy_grad: bool, kept: object) -> float:
+    """Raises: TypeError unless a number; ValueError outside [0, 1) or where it cannot be had."""
+    if isinstance(skip_mass, bool) or not isinstance(skip_mass, int | float):
+        raise TypeError(f"skip_mass must be a number, got {describe(skip_mass)}")
+    if not 0.0 <= skip_mass < 1.0:
+        raise ValueError(f"skip_mass must lie in [0, 1), got {skip_mass!r}")
+    if skip_mass and entropy_grad:
+        raise ValueError("skip_mass does not go with a gradient of the entropy: nothing bounds it")
+    if skip_mass and kept is not None:
+        raise ValueError("skip_mass does not go with kept: nothing is left to leave out")
+    if skip_mass and is_batch_invariant():
+        raise ValueError("skip_mass does not go with batch_invariant: what is left out varies")
+    return float(skip_mass)

@@ -10,7 +10,7 @@ from r1kernels.backend import isolated
 from r1kernels.check import IGNORE, describe
 from r1kernels.chunked_head import Gradients
 from r1kernels.forward_gradients import keep, upstream
-from r1kernels.head_inputs import HeadInputs, gradients, head_inputs, split
+from r1kernels.head_inputs import HeadInputs, check_skip_mass, gradients, head_inputs, split
 from r1kernels.kept_logp import kept_logp
 from r1kernels.reference.token_logp import Logp
 
@@ -34,6 +34,7 @@ def linear_loss(
     kept: tuple[Tensor, Tensor] | None = None,
     workspace_mb: int | None = None,
     weight_grad: Tensor | None = None,
+    skip_mass: float = 0.0,
 ) -> Tensor:
     """Sum over tokens of `fn(logp, entropy, rows)`, at the cost of three GEMMs.
 
@@ -45,8 +46,8 @@ def linear_loss(
         fn: (logp [n] float32, entropy [n] float32 or None, rows [n] int64) -> [n] losses, with rows
             the indices into the flattened leading shape. Tensors that it closes over get no
             gradient (with `kept` they do).
-        The rest as `linear_logp`, weight_grad as `linear_policy_loss`. Rows with target IGNORE
-            (-100) are never seen by `fn`.
+        The rest as `linear_logp`, weight_grad and skip_mass as `linear_policy_loss`; skip_mass not
+            together with entropy. Rows with target IGNORE (-100) are never seen by `fn`.
 
     Returns:
         The sum, 0-d float32. Gradients flow to hidden, weight, bias, A and B, once.
@@ -57,13 +58,14 @@ def linear_loss(
         hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
         workspace_mb, weight_grad,
     )  # fmt: skip
+    skip_mass = check_skip_mass(skip_mass, entropy, kept)
     if kept is not None:
         found = kept_logp(call, kept, entropy)
         rows = (call.targets_T != IGNORE).nonzero().squeeze(1).to(hidden.device)
         losses = fn(found.logp[rows], found.entropy[rows] if entropy else None, rows)
         return _per_token(losses, rows).sum(dtype=torch.float64).float()
     # Asked here: inside, gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
-    return _LinearLoss.apply(*call, fn, entropy, call.wants(), workspace_mb)
+    return _LinearLoss.apply(*call, fn, entropy, skip_mass, call.wants(), workspace_mb)
 
 
 def _per_token(losses: object, like: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @isolated
     def forward(ctx, *args):
-        call, (fn, entropy, needs, workspace_mb) = split(args)
+        call, (fn, entropy, skip_mass, needs, workspace_mb) = split(args)
         call = HeadInputs(*(x.detach() if isinstance(x, Tensor) else x for x in call))
         chunk, head, rows, counted_T, _ = call.start()
         index = rows.place_T
@@ -112,12 +114,13 @@ class _LinearLoss(torch.autograd.Function):
             return dlogp, dentropy[0] if dentropy else None
 
         grads = Gradients.zeros(head, *needs)
-        _, dhidden_TD = chunked_head.fused(
-            chunk, head, rows, entropy, entropy, False, coefficients, grads, workspace_mb
-        )
+        _, dhidden_TD, _ = chunked_head.fused(
+            chunk, head, rows, entropy, entropy, False, coefficients, grads, workspace_mb, None,
+            skip_mass,
+        )  # fmt: skip
         keep(ctx, call, needs, (dhidden_TD, *grads.of_head))
         return loss.float()
 
     @staticmethod
     def backward(ctx, dloss):
-        return *gradients(*upstream("linear_loss", ctx, dloss)), None, None, None, None
+        return *gradients(*upstream("linear_loss", ctx, dloss)), *[None] * 5

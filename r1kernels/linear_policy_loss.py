@@ -5,7 +5,7 @@ from torch import Tensor
 
 from r1kernels import check
 from r1kernels.check import IGNORE
-from r1kernels.head_inputs import head_inputs
+from r1kernels.head_inputs import check_skip_mass, head_inputs
 from r1kernels.kept_logp import kept_logp
 from r1kernels.linear_policy_loss_ops import linear_policy_loss_fwd
 from r1kernels.objective import PolicyObjective
@@ -40,6 +40,7 @@ def linear_policy_loss(
     normalizer: float | Tensor | None = None,
     workspace_mb: int | None = None,
     weight_grad: Tensor | None = None,
+    skip_mass: float = 0.0,
 ) -> PolicyLoss:
     """`policy_loss` of `linear_logp`'s log-probabilities, with the logits made once.
 
@@ -62,15 +63,23 @@ def linear_policy_loss(
         entropy: fill metrics["entropy"] even where the objective does not need it.
         prior: as `linear_logp`. Give both calls the same prior (or none), the same workspace_mb
             and the same rows that count: then the ratio of an unchanged policy is exactly 1.
+        skip_mass: above 0, a row's gradient leaves out blocks of 2048 vocabulary columns that hold
+            less than this of its probability, never the target's block. An approximation: the
+            gradient of a row's logits loses at most |dloss/dlogp| x logit_scale / temperature x
+            dropped in 1-norm, and dropped is below skip_mass x the number of blocks. Loss, logp and
+            the target's entry stay exact. Backends differ where a mass is next to the bound. Only
+            the CPU does less work.
 
     Returns:
-        PolicyLoss(loss, logp, metrics): loss 0-d float32; logp like targets, detached; metrics as
-            `policy_loss`.
+        PolicyLoss(loss, logp, metrics, dropped): loss 0-d float32; logp like targets, detached;
+            metrics as `policy_loss`; dropped like targets, float32, 0 for rows without a gradient;
+            None without skip_mass.
 
     Gradients: hidden, weight, bias, A and B, once: they are made in the forward and scaled in place
     by the backward, so a second backward raises RuntimeError.
     Numerics: as `linear_logp` and `policy_loss`. Deterministic.
-    Raises: ValueError and TypeError as both.
+    Raises: ValueError and TypeError as both; ValueError on a skip_mass outside [0, 1), or together
+        with an entropy coefficient (whose gradient it does not bound) or `batch_invariant`.
     Source: docs/ops/linear_logp.md.
     """
     call = head_inputs(
@@ -104,6 +113,7 @@ def linear_policy_loss(
         normalizer=normalizer,
         has_entropy=True,
     )
+    skip_mass = check_skip_mass(skip_mass, objective.entropy_coef != 0, kept)
     # A token that weighs nothing is one that does not count.
     if not on_host:
         counted = inputs.weights_T != 0
@@ -115,7 +125,7 @@ def linear_policy_loss(
         found = kept_logp(call, kept, wants_entropy)
         inputs = inputs._replace(entropy_T=found.entropy)
         return from_inputs(objective, found.logp.view(leading), inputs)
-    loss, logp_T, metrics, *_ = linear_policy_loss_fwd(
+    loss, logp_T, metrics, dropped_T, *_ = linear_policy_loss_fwd(
         *call,
         live_T,
         inputs.advantages_T,
@@ -127,11 +137,15 @@ def linear_policy_loss(
         inputs.num_sequences,
         objective.spec,
         wants_entropy,
+        skip_mass,
         call.wants(),
         workspace_mb,
     )
     return PolicyLoss(
-        loss, logp_T.detach().view(leading), dict(zip(METRICS, metrics.unbind(), strict=True))
+        loss,
+        logp_T.detach().view(leading),
+        dict(zip(METRICS, metrics.unbind(), strict=True)),
+        dropped_T.detach().view(leading) if skip_mass else None,
     )
 
 

@@ -21,16 +21,20 @@ from r1kernels.rows import spread
     mutates_args=(),
     schema=f"({head_inputs.SCHEMA}, Tensor? live_T, Tensor advantages_T, Tensor? logp_old_T, "
     "Tensor? logp_ref_T, Tensor? logp_sampler_T, Tensor weights_T, Tensor? sequence_T, "
-    "int num_sequences, str objective, bool entropy, bool[] needs, int? workspace_mb) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int num_sequences, str objective, bool entropy, float skip_mass, bool[] needs, "
+    "int? workspace_mb) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @isolated
 def linear_policy_loss_fwd(*args):
-    """(loss, logp, metrics, dhidden, dweight, dbias, dA, dB); those of the head are float32.
+    """(loss, logp, metrics, dropped, dhidden, dweight, dbias, dA, dB).
 
-    Gradients that `needs` does not ask for are empty.
+    Those of the head are float32. Empty are gradients that `needs` does not ask for, and dropped
+    without skip_mass.
     """
-    call, (live_T, *streams, num_sequences, objective, entropy, needs, workspace_mb) = split(args)
+    call, (live_T, *streams, num_sequences, objective, entropy, skip_mass, needs, workspace_mb) = (
+        split(args)
+    )
     chunk, head, rows, _, _ = call.start()
     if rows.place_T is not None:
         streams = tuple(None if x is None else x[rows.place_T] for x in streams)
@@ -49,7 +53,7 @@ def linear_policy_loss_fwd(*args):
         return terms.dlogp_T, terms.dentropy_T
 
     grads = Gradients.zeros(head, *needs)
-    stats, dhidden_TD = chunked_head.fused(
+    stats, dhidden_TD, dropped_T = chunked_head.fused(
         chunk,
         head,
         rows,
@@ -60,12 +64,14 @@ def linear_policy_loss_fwd(*args):
         grads,
         workspace_mb,
         live,
+        skip_mass,
     )
     none = call.hidden_TD.new_empty(0, dtype=torch.float32)
     return (
         loss.float(),
         spread(stats.logp.float(), rows.place_T, len(call.targets_T)),
         metrics,
+        none.clone() if dropped_T is None else spread(dropped_T, rows.place_T, len(call.targets_T)),
         none if dhidden_TD is None else dhidden_TD,
         *(none.clone() if x is None else x for x in grads.of_head),
     )
@@ -73,7 +79,7 @@ def linear_policy_loss_fwd(*args):
 
 @linear_policy_loss_fwd.register_fake
 def _(*args):
-    call, (*_, needs, _) = split(args)
+    call, (*_, skip_mass, needs, _) = split(args)
 
     def wide(*shape: int) -> Tensor:
         return call.hidden_TD.new_empty(shape, dtype=torch.float32)
@@ -83,6 +89,7 @@ def _(*args):
         wide(),
         wide(*call.targets_T.shape),
         hidden_TD.new_empty(len(METRICS), dtype=torch.float64),
+        wide(*call.targets_T.shape) if skip_mass else wide(0),
         hidden_TD.new_empty(hidden_TD.shape, dtype=unscaled_dtype(hidden_TD.dtype))
         if needs[0]
         else wide(0),
@@ -97,7 +104,7 @@ def _setup(ctx, inputs, output):
     call, (*others, needs, _) = split(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.others = len(others) + 2
-    keep(ctx, call, needs, output[3:])
+    keep(ctx, call, needs, output[4:])
 
 
 def _grad(ctx, dloss, *_):

@@ -10,6 +10,8 @@ from r1kernels.check import IGNORE, describe, device, dtype_in, shape, tensor
 from r1kernels.reference.token_logp import Logp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Vocabulary columns that `skip_mass` keeps or leaves out together.
+SKIP_TILE = 2048
 
 
 class Scaling(NamedTuple):
@@ -163,3 +165,10 @@ def gradient_terms(
         "target_grad": target_T,
     }
     return {name: None if x is None else x.float().contiguous() for name, x in terms.items()}
+
+
+def left_out(mass_CS: Tensor, targets_C: Tensor, skip_mass: float) -> tuple[Tensor, Tensor]:
+    """Which tiles of SKIP_TILE columns a row's gradient leaves out, given the mass of each without
+    the target: those below the bound, never the target's. And their mass, [C] float32."""
+    skip_CS = (mass_CS < skip_mass).scatter(1, targets_C[:, None] // SKIP_TILE, False)
+    return skip_CS, torch.where(skip_CS, mass_CS, 0.0).sum(1).float()

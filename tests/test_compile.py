@@ -145,7 +145,7 @@ def op_arguments():
             (
                 hidden, weight, TARGETS, None, *lora(True), None, None, None, 0.0, 1.0, 0.5, None,
                 torch.randn(5), -torch.rand(5), None, None, torch.rand(5), None, 1,
-                PolicyObjective.dapo().spec, False, [True, True, False, True, True], None,
+                PolicyObjective.dapo().spec, False, 0.0, [True, True, False, True, True], None,
             ),
         ),
     }  # fmt: skip

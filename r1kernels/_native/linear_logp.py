@@ -15,7 +15,7 @@ from torch import Tensor
 
 from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp
-from r1kernels.rows import gradient_terms
+from r1kernels.rows import SKIP_TILE, gradient_terms, left_out
 
 try:
     from r1kernels import _C
@@ -25,7 +25,7 @@ except ImportError as error:
     ) from error
 
 # 2048 columns of 1024 rows are 8 MiB, still in the last-level cache when the row work reads them.
-TILE_V = 2048
+TILE_V = SKIP_TILE
 # Under batch_invariant rows, columns and width come in multiples of it: then the library's GEMM
 # sums every element in one order.
 ALIGN = 64
@@ -52,6 +52,8 @@ def refuses(
 
 class HeadChunk:
     """See `r1kernels.chunked_head.HeadChunk`."""
+
+    skip_mass = 0.0
 
     def __init__(self, head, rows: int, entropy: bool, entropy_grad: bool):
         self.head = head
@@ -96,8 +98,9 @@ class HeadChunk:
         anchor_C = (target_C - prior_C).clamp(min=torch.finfo(torch.float32).min)
         sum_C = torch.zeros(count, dtype=torch.float64)
         weighted_C = torch.zeros(count, dtype=torch.float64) if self.entropy else None
-        self.anchors = []
+        self.anchors, masses = [], []
         for first, last in self.edges:
+            before = (sum_C.clone(), anchor_C.clone()) if keep and self.skip_mass else None
             tile = self._logits(first, last, self._slice(first, last), keep)
             _C.exp_tile(
                 **self._where(tile, first, last, self.targets_C, self.temperature_C),
@@ -109,7 +112,15 @@ class HeadChunk:
             )
             if keep and self.store == EXP:
                 self.anchors.append(anchor_C.clone())
-        return self._statistics(target_C, anchor_C, sum_C, weighted_C)
+            if before is not None:
+                moved_C = torch.exp((before[1] - anchor_C).double())
+                masses.append((sum_C - before[0] * moved_C, anchor_C.double()))
+        stats = self._statistics(target_C, anchor_C, sum_C, weighted_C)
+        if masses:
+            mass_CS = torch.stack([x_C * torch.exp(c_C - anchor_C) for x_C, c_C in masses], 1)
+            mass_CS = (mass_CS / self.total_C[:, None]).clamp(min=0.0)
+            self.skip_CS, self.dropped_C = left_out(mass_CS, self.targets_C, self.skip_mass)
+        return stats
 
     def gradients(
         self, active: Tensor | None, dlogp_C: Tensor, dentropy_C: Tensor | None, grads, last: bool
@@ -135,24 +146,37 @@ class HeadChunk:
             right = (None if x is None else x * factor_C[:, None] for x in right)
         self._check_rows(len(targets_C))
         right, out = tuple(right), self._row_gradients(hidden_CD, grads)
+        kept = None
         for index, (first, end) in enumerate(self.edges):
             tile = self._tile(first, end, len(self.targets_C), True)
             if self.store == EXP:
                 self._settle(tile, index, final_C)
+            if self.skip_mass:
+                kept = (~self.skip_CS[rows, index]).nonzero().squeeze(1)
+                if not len(kept):
+                    continue
+                kept = kept if len(kept) < len(targets_C) else None
+
+            def part(x_C: Tensor | None, kept: Tensor | None = kept) -> Tensor | None:
+                return x_C if kept is None or x_C is None else x_C[kept]
+
             # The rows that stay are copied out; all of them if the tile must survive grad_tile.
-            if active is not None or (self.store == LOGIT and not last):
-                tile = self._copy(tile, active)
+            stay = active if kept is None else part(active) if active is not None else kept
+            if stay is not None or (self.store == LOGIT and not last):
+                tile = self._copy(tile, stay)
+            targets_K = part(targets_C)
             if self.store == LOGIT:
-                where = self._where(tile, first, end, targets_C, temperature_C)
+                temperature_K, terms_K = part(temperature_C), {k: part(x) for k, x in terms.items()}
+                where = self._where(tile, first, end, targets_K, temperature_K)
                 _C.grad_tile(
-                    **where, transformed=True, **{name: _address(x) for name, x in terms.items()}
+                    **where, transformed=True, **{k: _address(x) for k, x in terms_K.items()}
                 )
             else:
-                here = (targets_C >= first) & (targets_C < end)
-                at = here.nonzero().squeeze(1)
-                tile[at, targets_C[at] - first] = minus_C[at]
+                at = ((targets_K >= first) & (targets_K < end)).nonzero().squeeze(1)
+                tile[at, targets_K[at] - first] = part(minus_C)[at]
             weight_SD = self._slice(first, end) if grads.hidden else None
-            self._accumulate(tile, weight_SD, right, factor_C, first, end, out, grads)
+            meets = part(right[0]), part(right[1])
+            self._accumulate(tile, weight_SD, meets, part(factor_C), first, end, out, grads, kept)
         dhidden_CD, dlow_CR = out
         if factor_C is not None:
             for x in out:
@@ -205,13 +229,18 @@ class HeadChunk:
             torch.zeros(count, self.lora_VR.shape[1]) if low else None,
         )
 
-    def _accumulate(self, tile, weight_SD, right, factor_C, first, last, out, grads) -> None:
-        """GEMMs 2 and 3 of a tile; `right` is (hidden, low) as they meet it."""
+    def _accumulate(
+        self, tile, weight_SD, right, factor_C, first, last, out, grads, kept=None
+    ) -> None:
+        """GEMMs 2 and 3 of a tile; `right` is (hidden, low) as they meet it, `kept` the places of
+        the tile's rows in `out` (None: all)."""
         (hidden_CD, low_CR), (dhidden_CD, dlow_CR) = right, out
-        if dhidden_CD is not None:
-            dhidden_CD.addmm_(tile, weight_SD)
-        if dlow_CR is not None:
-            dlow_CR.addmm_(tile, self.lora_VR[first:last])
+        lora_SR = None if dlow_CR is None else self.lora_VR[first:last]
+        for sum_CX, matrix_SX in ((dhidden_CD, weight_SD), (dlow_CR, lora_SR)):
+            if sum_CX is not None and kept is None:
+                sum_CX.addmm_(tile, matrix_SX)
+            elif sum_CX is not None:
+                sum_CX.index_add_(0, kept, tile @ matrix_SX)
         tile = tile[:, : last - first]
         if grads.weight_VD is not None:
             grads.weight_VD[first:last].addmm_(tile.T, self._narrow(hidden_CD))

@@ -37,6 +37,7 @@ from r1kernels._triton.product_kernels import add_product
 from r1kernels._triton.target_kernels import add_target_hidden, add_target_weight, target_logits
 from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp
+from r1kernels.rows import SKIP_TILE, left_out
 
 # Vocabulary columns widened or converted at a time where the stored matrix is no GEMM operand.
 SLICE_V = 8192
@@ -46,6 +47,7 @@ class HeadChunk:
     """See `r1kernels.chunked_head.HeadChunk`."""
 
     every_row = False
+    skip_mass = 0.0
 
     def __init__(self, head, rows: int, entropy: bool, entropy_grad: bool):
         weight_VD = head.weight_VD
@@ -98,6 +100,12 @@ class HeadChunk:
             mean_C = (sums.u_C + torch.where(e_C > 0, e_C * q_C, 0.0)) / self.total_C
             entropy_C = (log_C - mean_C).clamp(min=0.0)
         self.stats = Logp(logp_C, entropy_C, anchor_C + log_C)
+        if keep and self.skip_mass:
+            # With a softcap what is stored, and so what is measured, is the mass times its slope.
+            tiles = store_CV[:, : self.head.weight_VD.shape[0]].split(SKIP_TILE, dim=1)
+            mass_CS = torch.stack([x_CS.sum(1, dtype=torch.float32) for x_CS in tiles], dim=1)
+            mass_CS = mass_CS / self.total_C[:, None]
+            self.skip_CS, self.dropped_C = left_out(mass_CS, self.targets_C, self.skip_mass)
         return self.stats
 
     def gradients(
@@ -115,6 +123,10 @@ class HeadChunk:
             )  # fmt: skip
         listed = self._listed(grads, dlogp_C)
         store_CV = self.buffer[: len(self.targets_C)][at]
+        if self.skip_mass:
+            for tile, store_CS in enumerate(store_CV.split(SKIP_TILE, dim=1)):
+                if tile < self.skip_CS.shape[1]:
+                    store_CS.masked_fill_(self.skip_CS[at][:, tile, None], 0.0)
         per_tau_C = inverse_temperature(temperature_C, hidden_CD)
         total_C, s_C, rounded_C = self.total_C[at], self.sums.s_C[at], self.sums.rounded_C[at]
         factor_C = (dlogp_C * self.head.logit_scale * per_tau_C / total_C).float()

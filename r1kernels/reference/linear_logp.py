@@ -1,10 +1,12 @@
 """Log-probability and entropy from hidden states: one matrix product, then `token_logp`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp, fwd, logit_gradient, token_logp
+from r1kernels.rows import SKIP_TILE, left_out
 
 
 def linear_logp(
@@ -51,6 +53,8 @@ def refuses(*_args: object) -> str | None:
 class HeadChunk:
     """See `r1kernels.chunked_head.HeadChunk`; logits are kept whole."""
 
+    skip_mass = 0.0
+
     def __init__(self, head, rows: int, entropy: bool, entropy_grad: bool):
         self.head, self.entropy = head, entropy
 
@@ -67,25 +71,22 @@ class HeadChunk:
         logits_CV = self._logits(rows)
         if keep:
             self.rows, self.logits_CV = rows, logits_CV
-        return Logp(
-            *fwd(
-                logits_CV,
-                rows.targets_T,
-                rows.temperature_T,
-                self.head.softcap,
-                self.head.logit_scale,
-                self.entropy,
-            )
-        )
+        given = rows.targets_T, rows.temperature_T, self.head.softcap, self.head.logit_scale
+        stats = Logp(*fwd(logits_CV, *given, self.entropy))
+        if keep and self.skip_mass:
+            mass_CS = self._masses(rows, logits_CV)
+            self.skip_CS, self.dropped_C = left_out(mass_CS, rows.targets_T, self.skip_mass)
+        return stats
 
     def gradients(
         self, active: Tensor | None, dlogp_C: Tensor, dentropy_C: Tensor | None, grads, last: bool
     ) -> Tensor | None:
-        if active is None:
-            return self._products(self.rows, self.logits_CV, dlogp_C, dentropy_C, None, grads)
-        return self._products(
-            self.rows.take(active), self.logits_CV[active], dlogp_C, dentropy_C, None, grads
-        )
+        skip_CS = self.skip_CS if self.skip_mass else None
+        rows, logits_CV = self.rows, self.logits_CV
+        if active is not None:
+            rows, logits_CV = rows.take(active), logits_CV[active]
+            skip_CS = None if skip_CS is None else skip_CS[active]
+        return self._products(rows, logits_CV, dlogp_C, dentropy_C, None, grads, skip_CS)
 
     def backward(
         self,
@@ -105,7 +106,20 @@ class HeadChunk:
             logits_CV.addmm_(low_CR, self.head.lora_VR.float().T)
         return logits_CV if self.head.bias_V is None else logits_CV + self.head.bias_V.float()
 
-    def _products(self, rows, logits_CV, dlogp_C, dentropy_C, dlse_C, grads) -> Tensor | None:
+    def _masses(self, rows, logits_CV: Tensor) -> Tensor:
+        """Probability of each tile of SKIP_TILE columns, without the target's."""
+        x_CV = logits_CV * self.head.logit_scale
+        if self.head.softcap:
+            x_CV = self.head.softcap * torch.tanh(x_CV / self.head.softcap)
+        if rows.temperature_T is not None:
+            x_CV = x_CV / rows.temperature_T[:, None]
+        p_CV = torch.softmax(x_CV, dim=-1).scatter_(1, rows.targets_T[:, None], 0.0)
+        p_CV = F.pad(p_CV, (0, -p_CV.shape[1] % SKIP_TILE))
+        return p_CV.unflatten(1, (-1, SKIP_TILE)).sum(-1)
+
+    def _products(
+        self, rows, logits_CV, dlogp_C, dentropy_C, dlse_C, grads, skip_CS=None
+    ) -> Tensor | None:
         head = self.head
         dlogits_CV = logit_gradient(
             dlogp_C,
@@ -117,6 +131,9 @@ class HeadChunk:
             head.softcap,
             head.logit_scale,
         )
+        if skip_CS is not None:
+            for tile, columns in enumerate(dlogits_CV.split(SKIP_TILE, dim=1)):
+                columns.masked_fill_(skip_CS[:, tile, None], 0.0)
         if grads.weight_VD is not None:
             grads.weight_VD.addmm_(dlogits_CV.T, rows.hidden_TD.float())
         if grads.bias_V is not None:

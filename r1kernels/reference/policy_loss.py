@@ -9,11 +9,13 @@ from r1kernels.objective import PolicyObjective
 
 
 class PolicyLoss(NamedTuple):
-    """loss: 0-d; logp: detached, 0 where not counted; metrics: sums and counts, 0-d float64."""
+    """loss: 0-d; logp: detached, 0 where not counted; metrics: sums and counts, 0-d float64;
+    dropped: with `skip_mass`, the probability left out of each token's gradient."""
 
     loss: Tensor
     logp: Tensor
     metrics: dict[str, Tensor]
+    dropped: Tensor | None = None
 
 
 def policy_loss(
