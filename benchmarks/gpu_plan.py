@@ -68,25 +68,27 @@ def cells(quick: bool = False, full: bool = False) -> list[Cell]:
         ]
     whole = ("floor_whole", "triton_invariant", "eager", "compile", *EVERY_PEER)
     some = ("eager", *QUICK_PEERS)
+    dense = "forward_backward"
     found = [
-        replace(head_cell(32768, LLAMA, "forward_backward", whole), variants="all"),
+        replace(head_cell(32768, LLAMA, dense, whole), variants="all"),
         replace(
-            head_cell(32768, LLAMA, "forward", ("floor_whole", "eager", "compile", *QUICK_PEERS)),
+            head_cell(32768, LLAMA, "forward", ("floor_whole", *some)),
             variants="kernels",
         ),
         head_cell(32768, LLAMA, "frozen", some),
-        head_cell(8192, QWEN_8B, "forward_backward", (*some, "liger_flce", "torch_lce")),
-        *logits_cells(8192, QWEN_8B["V"]),
-        head_cell(32768, QWEN_1B, "forward_backward", some),
-        replace(head_cell(32768, QWEN_1B, "forward", ("eager",)), variants="kernels"),
-        head_cell(32768, QWEN_7B, "forward_backward", some),
+        head_cell(8192, QWEN_8B, dense, (*some, "liger_flce", "torch_lce")),
+        logits_cells(8192, QWEN_8B["V"])[0],
+        head_cell(32768, QWEN_1B, dense, some),
+        head_cell(32768, QWEN_7B, dense, some),
         head_cell(32768, LLAMA, "masked_50", ("trl", "cce")),
-        replace(head_cell(32768, LLAMA, "zero_80", ("trl", "cce")), variants="counted"),
         replace(head_cell(32768, LLAMA, "zero_50", ()), variants="counted"),
-        head_cell(2048, LLAMA, "forward_backward", some),
-        head_cell(131072, LLAMA, "forward_backward", ("liger_sm90", "cce", "trl")),
+        replace(head_cell(32768, LLAMA, "zero_80", ("trl", "cce")), variants="counted"),
+        head_cell(2048, LLAMA, dense, some),
+        head_cell(131072, LLAMA, dense, ("liger_sm90", "cce", "trl")),
         head_cell(32768, LLAMA, "entropy", ("trl", "liger_sm90")),
-        head_cell(8192, LLAMA, "forward_backward", some),
+        replace(head_cell(32768, QWEN_1B, "forward", ("eager",)), variants="kernels"),
+        head_cell(8192, LLAMA, dense, some),
+        logits_cells(8192, QWEN_8B["V"])[1],
         head_cell(2048, LLAMA, "forward", ()),
         head_cell(131072, LLAMA, "forward", ()),
     ]

@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--full", action="store_true", help="gpu suite: the whole grid of heads")
     parser.add_argument(
+        "--skip", type=int, default=0, help="gpu suite: leave out the first cells and the checks"
+    )
+    parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="gpu suite: cpu tries it out"
     )
     parser.add_argument("--commit", help="gpu suite: what the rows name where no .git is")
@@ -73,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         from benchmarks import gpu_suite as suite
 
-        options |= {"full": args.full, "device": args.device, "commit_name": args.commit}
+        options |= {"full": args.full, "skip": args.skip, "device": args.device}
+        options["commit_name"] = args.commit
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             args.json = args.json or args.out / f"{suite.file_name(args.device)}.jsonl"

@@ -458,3 +458,8 @@ def test_cells_get_the_variants_that_matter_to_them():
     assert added("masked_50") == set()
     peers_alone = gpu_suite.chosen(cells[0], "cuda", ["eager"])
     assert "triton@tma" not in gpu_suite.with_variants(peers_alone, others).providers
+
+
+def test_skipping_more_cells_than_there_are_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no cell is left of mode any after the first 99"):
+        gpu_suite.run(folder=tmp_path, write=None, minutes=1, skip=99)
