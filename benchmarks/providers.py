@@ -235,8 +235,7 @@ def variants() -> list[str]:
         return []
     arch = common.architecture(torch.device("cuda")) if torch.cuda.is_available() else 0
     names = [k for k, v in configs.VARIANTS.items() if arch in v and k != configs.CHOICE.get(arch)]
-    counted = getattr(configs, "COUNTED", {arch: True})
-    names += [] if counted.get(arch) else ["counted"]
+    names += [] if configs.COUNTED.get(arch) else ["counted"]
     return [f"triton@{name}" for name in names]
 
 
