@@ -111,6 +111,8 @@ def head_of(model: torch.nn.Module) -> LMHead:
     if hasattr(layer, "base_layer"):
         layer, lora = layer.base_layer, _lora(layer)
     weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.numel() == 0:
+        raise ValueError("the head's weight is empty here: it is sharded and was not gathered")
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(
             f"the head must be a linear layer with a float weight, got {type(layer).__name__}"
@@ -131,8 +133,6 @@ def head_of(model: torch.nn.Module) -> LMHead:
     weight, bias = (
         x.full_tensor() if hasattr(x, "full_tensor") else x for x in (layer.weight, layer.bias)
     )
-    if weight.numel() == 0:
-        raise ValueError("the head's weight is empty here: it is sharded and was not gathered")
     softcap = getattr(config, "final_logit_softcapping", None)
     return LMHead(weight, bias, softcap, float(scale), lora)
 

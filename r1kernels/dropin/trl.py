@@ -106,7 +106,7 @@ def add_fused_lm_head(
             head = head_of(self)
             targets = shift_labels.to(head.weight.device)
             found = _per_token(
-                hidden.flatten(0, 1),
+                hidden.flatten(0, 1).to(targets.device),
                 head,
                 targets.flatten(),
                 temperature,

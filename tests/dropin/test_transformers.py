@@ -230,6 +230,9 @@ def test_heads_that_are_refused():
     ids, _ = batch()
     model = tiny("llama")
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(0))
+    with pytest.raises(ValueError, match="not gathered"):
+        dropin.logprobs_forward(model, ids)
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(4, 1).to(torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="float weight"):
         dropin.logprobs_forward(model, ids)
     model.lm_head = torch.nn.Identity()
