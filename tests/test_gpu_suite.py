@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import checks, gpu_plan, gpu_pool, gpu_suite, logits_op, providers, report, run
 from benchmarks import problem as problems
-from benchmarks.cpu_suite import is_ours
+from benchmarks.cpu_suite import is_ours, verdict
 from benchmarks.gpu_rows import summary
 from benchmarks.gpu_worker import GpuWorker
 from benchmarks.harness import WorkerError
@@ -463,3 +463,24 @@ def test_cells_get_the_variants_that_matter_to_them():
 def test_skipping_more_cells_than_there_are_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no cell is left of mode any after the first 99"):
         gpu_suite.run(folder=tmp_path, write=None, minutes=1, skip=99)
+
+
+def test_every_variant_of_the_tables_computes_the_loss():
+    shape = Shape(T=32, D=64, V=160, S=4)
+    problem = problems.build(shape, "float32", device=DEVICE, drawn=shape.T)
+    truth = problems.gradient_truth(problem, "zero_80", "policy")
+    eager = problems.eager_errors(problem, "zero_80", truth)
+    names = variants()
+    assert "triton@counted" in names and len(names) > 2
+    for name in names:
+        result = find(name).make(problem, "zero_80")()
+        errors = problems.errors(problem, "zero_80", truth, *result)
+        assert verdict(errors, eager, "float32", True) is None, (name, errors, eager)
+
+
+def test_memory_check_measures_and_fails_on_a_smaller_allowance(monkeypatch):
+    found = checks.memory_is_flat(DEVICE, 16, 512, (256, 1024), 64)
+    assert set(found) == {256, 1024}
+    monkeypatch.setattr(checks, "allowance_mib", lambda *_: -1.0)
+    with pytest.raises(AssertionError, match="the formula gives -1"):
+        checks.memory_is_flat(DEVICE, 16, 512, (256,), 64)
