@@ -71,6 +71,14 @@ def run_group_advantages(rewards):
     ).sum()
 
 
+def run_lora(hidden, weight, down, up):
+    more = {"lora": (down, up, 2.0), "workspace_mb": 1}
+    loss = r1kernels.linear_policy_loss(
+        hidden, weight, TARGETS, ADVANTAGES, OBJECTIVE, cu_seqlens=LENGTHS, **STREAMS, **more
+    ).loss
+    return loss + r1kernels.linear_logp(hidden, weight, TARGETS, **more).lse.sum()
+
+
 def run_weight_grad(hidden, weight):
     """The buffer is read after the backward, which the caller runs: `backward` does."""
     return r1kernels.linear_logp(hidden, weight, TARGETS, weight_grad=BUFFER).logp.sum()
@@ -83,6 +91,7 @@ CALLS = {
     "linear_logp frozen": (run_frozen, head),
     "kept_logp": (run_kept_logp, head),
     "linear_policy_loss": (run_linear_policy_loss, head),
+    "low-rank term": (run_lora, lambda: (*head(), *lora(True))),
     "policy_loss": (run_policy_loss, lambda: (logits(),)),
     "group_advantages": (run_group_advantages, lambda: (logits(),)),
 }

@@ -11,7 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from r1kernels import PolicyObjective, chunked_head, linear_loss, linear_policy_loss, rows
+from r1kernels import (
+    PolicyObjective,
+    chunked_head,
+    linear_loss,
+    linear_policy_loss,
+    rows,
+    use_backend,
+)
 from r1kernels.backend import load
 from r1kernels.chunked_head import Rows
 from r1kernels.head_inputs import head_inputs
@@ -88,6 +95,28 @@ def test_backward_reads_nothing_wherever_the_targets_are():
             *call, *[on_device(6) for _ in range(3)], exact_3T, counted_T, torch.tensor([4]),
             [True, True, False, False, False], None,
         )  # fmt: skip
+
+
+def test_one_read_in_a_forward_and_none_in_a_backward(monkeypatch):
+    """Reads of CPU tensors that stand for a device's; `count` is on the CPU wherever hidden is."""
+    hidden, weight = torch.randn(6, 8), torch.randn(17, 8)
+    temperature = torch.rand(6) + 0.5
+    call = head_inputs(hidden, weight, TARGETS, **options(temperature=temperature))
+    read = []
+    for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        before = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *args, before=before: read.append(self) or before(self, *args),
+        )
+    with use_backend("reference"):
+        out = body(linear_logp_fwd)(*call, True, False, None)
+        assert len(read) == 1
+        read.clear()
+        needs = [True, True, False, False, False]
+        body(linear_logp_bwd)(*call, *torch.randn(3, 6), *out[3:6], needs, None)
+    assert [x is out[5] for x in read] == [True]
 
 
 @pytest.mark.parametrize("objective", ["plain", "gspo", "r1", "entropy"])
