@@ -79,6 +79,9 @@ PARAMETERS = {
     "starts_ptr": "*i64",
     "ids_ptr": "*i32",
     "exact_ptr": "*fp64",
+    "exact_logp_ptr": "*fp64",
+    "exact_entropy_ptr": "*fp64",
+    "exact_lse_ptr": "*fp64",
     "ends_ptr": "*i64",
     "rows_ptr": "*i64",
     "count_ptr": "*i32",
@@ -108,7 +111,7 @@ class Build:
         flags = [
             key.lower().removeprefix("has_")
             for key, value in self.constants.items()
-            if value is True and key not in ("EVEN_D", "SPECIALIZED")
+            if value is True and key not in ("EVEN_D", "SAME_CUT", "SPECIALIZED")
         ]
         words = [self.dtype, *mode, *flags, *([] if self.aligned else ["unaligned"])]
         words += [self.variant] * bool(self.variant)
@@ -134,18 +137,30 @@ def builds(arch: int) -> Iterator[Build]:
             (target, "_target_logits_kernel", {"BLOCK_D": target.BLOCK_D}, LOW_BIAS, 4),
             (target, "_add_target_hidden_kernel", {"BLOCK_D": target.BLOCK_D}, [], 4),
             (target, "_add_target_weight_kernel", SEGMENT, [], 4),
-            (token, "_token_logp_fwd_kernel", {"BLOCK_V": token.BLOCK_V}, SOFTCAP_ENTROPY, 8),
-            (token, "_token_logp_bwd_kernel", {"BLOCK_V": token.BLOCK_V}, ["SOFTCAP"], 8),
             (kept, "_kept_logits_kernel", KEPT_LOGITS, BIAS_SOFTCAP, kept.NUM_WARPS),
             (kept, "_kept_dhidden_kernel", KEPT_SUM, [], kept.NUM_WARPS),
             (kept, "_kept_dweight_kernel", KEPT_SUM, ["HAS_BIAS"], kept.NUM_WARPS),
         ]
         for module, kernel, blocks, names, warps in rows:
             for flags in _settings(names, single=False, off=aligned):
-                out = x if module in (token, kept) else "fp32"
+                out = x if module is kept else "fp32"
                 options = {"num_warps": warps}
                 yield Build(
                     module.__name__, kernel, arch, x, out, {**blocks, **flags}, options, aligned
+                )
+        for flags in _settings(SOFTCAP_ENTROPY, single=aligned, off=aligned):
+            blocks = token.tile(dtype, flags["SOFTCAP"])
+            for kernel, more in (("fwd", {}), ("bwd", {"SAME_CUT": aligned})):
+                constants = {**blocks, **flags, **more}
+                yield Build(
+                    token.__name__,
+                    f"_token_logp_{kernel}_kernel",
+                    arch,
+                    x,
+                    x,
+                    constants,
+                    {"num_warps": token.NUM_WARPS},
+                    aligned,
                 )
         blocks = product.tiles(dtype, aligned)
         options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from r1kernels.backend import implementation, isolated
-from r1kernels.check import IGNORE, describe, dtype_in, no_second_derivative
+from r1kernels.check import IGNORE, describe, dtype_in, no_second_derivative, values_readable
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import DTYPES, check_targets, counted_rows, scaling
 
@@ -42,7 +42,8 @@ def token_logp(
 
     Numerics: float32 exponentials, float64 sums; logp is never above 0. Deterministic.
     Raises: ValueError on shapes, devices, temperatures or targets out of range; TypeError on
-        dtypes.
+        dtypes. No value of a GPU's tensors is waited for: there, a row whose target or temperature
+        is out of range is NaN.
     Source: docs/ops/linear_logp.md.
     """
     dtype_in("logits", logits, DTYPES)
@@ -72,7 +73,8 @@ def token_logp_fwd(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy or empty, lse, float64 [3, T] of the same, whose low bits gradients need)."""
-    counted_rows(targets_T, logits_TV.shape[1], temperature_T)
+    if values_readable(targets_T):
+        counted_rows(targets_T, logits_TV.shape[1], temperature_T)
     run = implementation("token_logp", logits_TV.device.type, logits_TV)
     # A target below 0 marks a row that is not read.
     found = run.fwd(logits_TV, targets_T.contiguous(), temperature_T, softcap, logit_scale, entropy)

@@ -5,11 +5,23 @@
     bwd(dlogp_T, dentropy_T, dlse_T, logits_TV, targets_T, temperature_T, softcap, logit_scale,
         logp_T, entropy_T, lse_T, inplace) -> dlogits_TV
 
-The forward reads each logit once: an online maximum, with the target kept out of the sum, so that
-logp = -log1p(s / e) keeps its relative precision near 1. The backward reads and writes each logit
-once. Rows whose target is negative (IGNORE) are not read: their outputs and gradients are 0.
-Columns of -inf count for nothing. Rows may have any stride; columns are contiguous.
+The forward reads each logit once, the backward reads and writes each once; nothing else of size V
+is touched. A thread of the forward keeps a maximum and sums of its own, over 16-byte loads, and the
+row is reduced once, at its end: warps never wait for one another while they read, and registers
+leave room for as many as an SM holds. The target stays out of the sums, so that
+logp = -log1p(s / e) keeps its relative precision near 1.
+
+Both kernels cut a row at its first 16-byte boundary: whole blocks from there take neither masks nor
+unaligned loads, whatever V and the row stride are, and what is left at both ends is one short
+gather. Exponentials are base 2: with y the logit before the temperature and k its factor times
+log2 e, exp(l - c) = 2^(k (y - c')); the difference comes first, as it loses nothing near the top.
+
+Rows whose target is IGNORE are not read: their outputs and gradients are 0. A target outside
+[0, V), or a temperature that is not positive and finite, makes its row NaN. Columns of -inf count
+for nothing. Rows may have any stride; columns are contiguous.
 """
+
+import math
 
 import torch
 import triton
@@ -21,14 +33,71 @@ from r1kernels._triton.common import (
     LOWEST,
     device_refusal,
     dtype_refusal,
+    finish_rows,
     inverse_temperature,
-    transform,
-    weigh,
+    tanh,
 )
+from r1kernels.check import IGNORE as _IGNORE
 
-# Bandwidth-bound: a block only has to keep enough bytes in flight (16 elements a thread).
-BLOCK_V = 128 if INTERPRETED else 4096
-NUM_WARPS = 8
+IGNORE = tl.constexpr(_IGNORE)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# In place of an exponent of -inf, which a factor of 0 would turn into NaN.
+FAR = tl.constexpr(-1.0e30)
+
+# Bandwidth-bound: 16 elements a thread and block, and as many again on their way.
+NUM_WARPS = 1 if INTERPRETED else 8
+LANES = 32 * NUM_WARPS
+
+
+def tile(dtype: torch.dtype, softcap: float) -> dict[str, int]:
+    """A block of 16 elements a thread (8 under a softcap, whose tanh takes registers), in 16-byte
+    loads."""
+    vector = 16 // dtype.itemsize
+    return {"LOADS": (8 if softcap else 16) // vector, "LANES": LANES, "VECTOR": vector}
+
+
+@triton.jit
+def _cut(base, V, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Of a row that starts at element `base`: elements before a 16-byte boundary, whole blocks
+    after it, and the places [LOADS, LANES, VECTOR] within a block."""
+    head = tl.minimum((VECTOR - base % VECTOR) % VECTOR, V).to(tl.int32)
+    blocks = (V - head) // (LOADS * LANES * VECTOR)
+    load = tl.arange(0, LOADS)[:, None, None] * (LANES * VECTOR)
+    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
+    return head, blocks, load + lane + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def _boundary(base, VECTOR: tl.constexpr):
+    """The first multiple of VECTOR from `base` on, which the compiler can see is one."""
+    return (base + (VECTOR - 1)) // VECTOR * VECTOR
+
+
+@triton.jit
+def _cap(z, scale, softcap, SOFTCAP: tl.constexpr):
+    """y of the logit: l = y * factor / temperature, and dl/dz without constants."""
+    y = z.to(tl.float32)
+    slope = 1.0
+    if SOFTCAP:
+        t = tanh(y * (scale / softcap))
+        y = softcap * t
+        slope = 1.0 - t * t
+    return y, slope
+
+
+@triton.jit
+def _fold(y, k, tops, s, u, ENTROPY: tl.constexpr):
+    """A block's y [LOADS, LANES, VECTOR] into each lane's maximum and sums [LANES]."""
+    new = tl.maximum(tops, tl.max(tl.max(y, axis=0), axis=1))
+    d = y - new[None, :, None]
+    e = tl.exp2(d * k)
+    decay = tl.exp2((tops - new) * k)
+    if ENTROPY:
+        weighted = tl.sum(tl.sum(e * tl.maximum(d, FAR), axis=0), axis=1)
+        u = decay * (u + tl.maximum(tops - new, FAR) * s) + weighted
+    s = decay * s + tl.sum(tl.sum(e, axis=0), axis=1)
+    return new, s, u
 
 
 @triton.jit
@@ -36,58 +105,72 @@ def _token_logp_fwd_kernel(
     logits_ptr,
     targets_ptr,
     inverse_temperature_ptr,
-    logp_ptr,
-    entropy_ptr,
-    lse_ptr,
+    sums_ptr,
+    T,
     V,
     stride_logits_t,
     scale,
     softcap,
-    BLOCK_V: tl.constexpr,
+    LOADS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
+    BLOCK_V: tl.constexpr = LOADS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    if target < 0:
-        tl.store(logp_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
-        if ENTROPY:
-            tl.store(entropy_ptr + row, 0.0)
+    sums_ptr += row
+    given = tl.load(targets_ptr + row)
+    in_range = (given >= 0) & (given < V)
+    target = tl.where(in_range, given, 0).to(tl.int32)
+    if given == IGNORE:
+        for plane in tl.static_range(4):
+            tl.store(sums_ptr + plane * T, 0.0)
     else:
-        logits_ptr += row * stride_logits_t
+        base = row * stride_logits_t
+        head, blocks, place = _cut(base, V, LOADS, LANES, VECTOR)
+        body_ptrs = logits_ptr + _boundary(base, VECTOR) + place
+        logits_ptr += base
         per_tau = tl.load(inverse_temperature_ptr + row)
-        z_target = tl.load(logits_ptr + target).to(tl.float32)
-        l_target, _slope = transform(z_target, scale, softcap, per_tau, SOFTCAP)
-        top = tl.maximum(l_target, LOWEST)
-        s = 0.0
-        u = 0.0
-        for start in range(0, V, BLOCK_V):
-            offs_v = start + tl.arange(0, BLOCK_V)
-            z = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
-            l, _ = transform(z, scale, softcap, per_tau, SOFTCAP)
-            l = tl.where(offs_v < V, l, LOWEST)
-            new_top = tl.maximum(top, tl.max(l, axis=0))
-            e = tl.where((offs_v < V) & (offs_v != target), tl.exp(l - new_top), 0.0)
-            decay = tl.exp(top - new_top)
-            if ENTROPY:
-                u = decay * (u + (top - new_top) * s) + tl.sum(weigh(e, l - new_top), axis=0)
-            s = decay * s + tl.sum(e, axis=0)
-            top = new_top
-        q = l_target - top
-        e_target = tl.exp(q)
-        total = s + e_target
-        # log1p of a small ratio, by the logarithm that is exact where 1 + x rounds.
-        ratio = s / e_target
-        grown = 1.0 + ratio
-        log1p = tl.where(grown == 1.0, ratio, tl.log(grown) * (ratio / (grown - 1.0)))
-        # Far below the maximum e_target leaves float32's range; there nothing cancels.
-        logp = tl.where(q > -60.0, -log1p, q - tl.log(total))
-        tl.store(logp_ptr + row, logp)
-        tl.store(lse_ptr + row, top + tl.log(total))
+        good = in_range & (per_tau > 0.0) & (per_tau < float("inf"))
+        factor = tl.where(good, per_tau, float("nan"))
+        if not SOFTCAP:
+            factor *= scale
+        k = factor * LOG2E
+        z_target = tl.load(logits_ptr + target)
+        tops = tl.full((LANES,), LOWEST, tl.float32)
+        s = tl.zeros((LANES,), dtype=tl.float32)
+        u = tl.zeros((LANES,), dtype=tl.float32)
+        # The target's block, which alone needs a comparison per element, is left for later.
+        inside = (target >= head) & (target < head + blocks * BLOCK_V)
+        skip = tl.where(inside, (target - head) // BLOCK_V, blocks)
+        for block in range(0, tl.where(inside, blocks - 1, blocks)):
+            at_block = tl.where(block >= skip, block + 1, block)
+            z = tl.load(body_ptrs + at_block.to(tl.int64) * BLOCK_V)
+            y, _ = _cap(z, scale, softcap, SOFTCAP)
+            tops, s, u = _fold(y, k, tops, s, u, ENTROPY)
+        if inside:
+            z = tl.load(body_ptrs + skip.to(tl.int64) * BLOCK_V)
+            y, _ = _cap(z, scale, softcap, SOFTCAP)
+            y = tl.where(place == target - head - skip * BLOCK_V, -float("inf"), y)
+            tops, s, u = _fold(y, k, tops, s, u, ENTROPY)
+        rest = V - blocks * BLOCK_V
+        for start in range(0, rest, BLOCK_V):
+            offs = start + place
+            at = tl.where(offs < head, offs, offs + blocks * BLOCK_V)
+            z = tl.load(logits_ptr + at, mask=offs < rest, other=0.0)
+            y, _ = _cap(z, scale, softcap, SOFTCAP)
+            y = tl.where((offs < rest) & (at != target), y, -float("inf"))
+            tops, s, u = _fold(y, k, tops, s, u, ENTROPY)
+        y_target, _ = _cap(z_target, scale, softcap, SOFTCAP)
+        top = tl.maximum(tl.max(tops, axis=0), y_target)
+        decay = tl.exp2((tops - top) * k)
+        tl.store(sums_ptr, top.to(tl.float64) * factor)
+        tl.store(sums_ptr + T, (y_target.to(tl.float64) - top) * factor)
+        tl.store(sums_ptr + 2 * T, tl.sum((decay * s).to(tl.float64), axis=0))
         if ENTROPY:
-            mean = (u + weigh(e_target, q)) / total
-            tl.store(entropy_ptr + row, tl.log(total) - mean)
+            u = decay * (u + tl.maximum(tops - top, FAR) * s)
+            tl.store(sums_ptr + 3 * T, tl.sum(u.to(tl.float64), axis=0) * factor)
 
 
 def fwd(
@@ -98,32 +181,45 @@ def fwd(
     logit_scale: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(logp, entropy or None, lse), each [T] float64 by contract, computed in float32."""
+    """(logp, entropy or None, lse), each [T] float64: exponentials and a lane's sums are float32,
+    the row's sums and what follows from them float64."""
     if logits_TV.stride(1) != 1:
         logits_TV = logits_TV.contiguous()
     T, V = logits_TV.shape
-    logp_T, entropy_T, lse_T = (
-        logits_TV.new_empty((T,), dtype=torch.float32) for _ in ("logp", "entropy", "lse")
-    )
+    sums_4T = logits_TV.new_empty((4, T), dtype=torch.float64)
     if T > 0:
         _token_logp_fwd_kernel[(T,)](
             logits_TV,
             targets_T,
             inverse_temperature(temperature_T, logits_TV),
-            logp_T,
-            entropy_T,
-            lse_T,
+            sums_4T,
+            T,
             V,
             logits_TV.stride(0),
             logit_scale,
             softcap,
-            BLOCK_V=BLOCK_V,
+            **tile(logits_TV.dtype, softcap),
             SOFTCAP=bool(softcap),
             ENTROPY=entropy,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
-    return logp_T.double(), entropy_T.double() if entropy else None, lse_T.double()
+    logp_T, entropy_T, lse_T = finish_rows(sums_4T)
+    return logp_T, entropy_T if entropy else None, lse_T
+
+
+@triton.jit
+def _dlogits(
+    z, at, target, target_grad, a, b, entropy, k, anchor, shift, scale, softcap,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """dL/dz = p (a + b (log p + entropy)) times the softcap's slope; at the target, its own."""
+    y, slope = _cap(z, scale, softcap, SOFTCAP)
+    log2p = (y - anchor) * k + shift
+    if ENTROPY:
+        log2p = tl.maximum(log2p, FAR, propagate_nan=tl.PropagateNan.ALL)
+        a += b * (log2p * LN2 + entropy)
+    return tl.where(at == target, target_grad, tl.exp2(log2p) * a) * slope
 
 
 @triton.jit
@@ -131,36 +227,86 @@ def _token_logp_bwd_kernel(
     logits_ptr,
     out_ptr,
     targets_ptr,
-    lse_ptr,
     inverse_temperature_ptr,
-    alpha_ptr,
-    beta_ptr,
-    target_ptr,
+    dlogp_ptr,
+    dentropy_ptr,
+    dlse_ptr,
+    exact_logp_ptr,
+    exact_entropy_ptr,
+    exact_lse_ptr,
     V,
     stride_logits_t,
     stride_out_t,
     scale,
     softcap,
-    BLOCK_V: tl.constexpr,
+    LOADS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SAME_CUT: tl.constexpr,
 ):
-    blocks = tl.cdiv(V, BLOCK_V)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_v = (tl.program_id(0) % blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_v = offs_v < V
-    target = tl.load(targets_ptr + row)
-    out_ptrs = out_ptr + row * stride_out_t + offs_v
-    if target < 0:
-        tl.store(out_ptrs, tl.zeros((BLOCK_V,), dtype=out_ptr.dtype.element_ty), mask=mask_v)
+    BLOCK_V: tl.constexpr = LOADS * LANES * VECTOR
+    parts = tl.cdiv(V, BLOCK_V)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    base = row * stride_logits_t
+    head, blocks, place = _cut(base, V, LOADS, LANES, VECTOR)
+    # Of the rest of the row, which may take two parts
+    offs = (part - blocks) * BLOCK_V + place
+    rest = V - blocks * BLOCK_V
+    out = row * stride_out_t
+    out_start = _boundary(out, VECTOR) if SAME_CUT else out + head
+    target = tl.load(targets_ptr + row).to(tl.int32)
+    if target == IGNORE:
+        zero = tl.zeros((LOADS, LANES, VECTOR), dtype=out_ptr.dtype.element_ty)
+        if part < blocks:
+            tl.store(out_ptr + out_start + (part * BLOCK_V + place), zero)
+        else:
+            at = tl.where(offs < head, offs, offs + blocks * BLOCK_V)
+            tl.store(out_ptr + out + at, zero, mask=offs < rest)
     else:
-        z = tl.load(logits_ptr + row * stride_logits_t + offs_v, mask=mask_v, other=0.0)
         per_tau = tl.load(inverse_temperature_ptr + row)
-        l, slope = transform(z.to(tl.float32), scale, softcap, per_tau, SOFTCAP)
-        d = l - tl.load(lse_ptr + row)
-        dl = weigh(tl.exp(d), tl.load(alpha_ptr + row) + tl.load(beta_ptr + row) * d)
-        dl = tl.where(offs_v == target, tl.load(target_ptr + row), dl)
-        dz = dl * slope * (scale * per_tau)
-        tl.store(out_ptrs, dz.to(out_ptr.dtype.element_ty), mask=mask_v)
+        factor = per_tau if SOFTCAP else scale * per_tau
+        k = factor * LOG2E
+        lse = tl.load(exact_lse_ptr + row) / factor
+        anchor = lse.to(tl.float32)
+        # What float32 takes from a log-sum-exp near 20 is in every p.
+        shift = ((anchor.to(tl.float64) - lse) * k).to(tl.float32)
+        factor = scale * per_tau
+        logp = tl.load(exact_logp_ptr + row).to(tl.float32)
+        dlogp = tl.load(dlogp_ptr + row)
+        dlse = tl.load(dlse_ptr + row)
+        # 1 - p of the target, which keeps its digits near p = 1
+        t = tanh(-0.5 * logp)
+        p = tl.exp(logp)
+        target_grad = dlogp * (2.0 * t / (1.0 + t)) + dlse * p
+        a = (dlse - dlogp) * factor
+        b = 0.0
+        entropy = 0.0
+        if ENTROPY:
+            entropy = tl.load(exact_entropy_ptr + row).to(tl.float32)
+            dentropy = tl.load(dentropy_ptr + row)
+            b = -dentropy * factor
+            # A target of probability 0 adds nothing; 0 * -inf would be NaN.
+            target_grad -= dentropy * p * (tl.maximum(logp, FAR) + entropy)
+        target_grad *= factor
+        if part < blocks:
+            place += part * BLOCK_V
+            z = tl.load(logits_ptr + _boundary(base, VECTOR) + place)
+            dz = _dlogits(
+                z, place, target - head, target_grad, a, b, entropy, k, anchor, shift, scale,
+                softcap, SOFTCAP, ENTROPY,
+            )  # fmt: skip
+            tl.store(out_ptr + out_start + place, dz.to(out_ptr.dtype.element_ty))
+        else:
+            at = tl.where(offs < head, offs, offs + blocks * BLOCK_V)
+            z = tl.load(logits_ptr + base + at, mask=offs < rest, other=0.0)
+            dz = _dlogits(
+                z, at, target, target_grad, a, b, entropy, k, anchor, shift, scale, softcap,
+                SOFTCAP, ENTROPY,
+            )  # fmt: skip
+            tl.store(out_ptr + out + at, dz.to(out_ptr.dtype.element_ty), mask=offs < rest)
 
 
 def bwd(
@@ -177,40 +323,35 @@ def bwd(
     lse_T: Tensor,
     inplace: bool,
 ) -> Tensor:
-    """dL/dlogits in logits' dtype; in place, it overwrites the logits."""
+    """dL/dlogits in logits' dtype; in place, it overwrites the logits. One launch."""
     T, V = logits_TV.shape
     source_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
     out_TV = source_TV if inplace else torch.empty_like(source_TV)
     if T == 0 or V == 0:
         return out_TV
-    # dL/dl_j = p_j (alpha + beta (l_j - lse)) off the target; there, 1 - p_y comes from logp.
-    alpha_T = -dlogp_T
-    beta_T = torch.zeros_like(logp_T)
-    target_T = -dlogp_T * torch.expm1(logp_T)
-    if dlse_T is not None:
-        alpha_T = alpha_T + dlse_T
-        target_T = target_T + dlse_T * logp_T.exp()
-    if dentropy_T is not None:
-        alpha_T = alpha_T - dentropy_T * entropy_T
-        beta_T = -dentropy_T
-        # A target of probability 0 adds nothing; 0 * -inf would be NaN.
-        target_T = target_T - dentropy_T * logp_T.exp() * (logp_T.clamp(min=-1e4) + entropy_T)
-    _token_logp_bwd_kernel[(T * triton.cdiv(V, BLOCK_V),)](
+    blocks = tile(source_TV.dtype, softcap)
+    parts = triton.cdiv(V, math.prod(blocks.values()))
+    upstream = [x if x is None else x.float().contiguous() for x in (dlogp_T, dentropy_T, dlse_T)]
+    _token_logp_bwd_kernel[(T * parts,)](
         source_TV,
         out_TV,
         targets_T,
-        lse_T.float(),
         inverse_temperature(temperature_T, logits_TV),
-        alpha_T.float(),
-        beta_T.float(),
-        target_T.float(),
+        upstream[0],
+        upstream[0] if upstream[1] is None else upstream[1],
+        torch.zeros_like(upstream[0]) if upstream[2] is None else upstream[2],
+        logp_T,
+        logp_T if entropy_T is None else entropy_T,
+        lse_T,
         V,
         source_TV.stride(0),
         out_TV.stride(0),
         logit_scale,
         softcap,
-        BLOCK_V=BLOCK_V,
+        **blocks,
         SOFTCAP=bool(softcap),
+        ENTROPY=dentropy_T is not None,
+        SAME_CUT=(source_TV.stride(0) - out_TV.stride(0)) % blocks["VECTOR"] == 0,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )

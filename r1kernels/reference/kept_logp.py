@@ -91,7 +91,10 @@ def bwd(
     if head.softcap:
         slope = slope * (1 - (x / head.softcap) ** 2)
     dx = logit_gradient(*upstream, masked, rows.targets_T, None, 0.0, 1.0) * slope
-    counted_TD = torch.where((rows.targets_T != IGNORE)[:, None], rows.hidden_TD, 0).float()
+    # A row that does not count may hold anything, its temperature too.
+    counted = (rows.targets_T != IGNORE)[:, None]
+    dx = torch.where(counted, dx, 0)
+    counted_TD = torch.where(counted, rows.hidden_TD, 0).float()
     found = (lambda: dx @ head.weight_VD.float(), lambda: dx.T @ counted_TD, lambda: dx.sum(0))
     return [None if to is None else f().to(to) for f, to in zip(found, dtypes, strict=True)]
 

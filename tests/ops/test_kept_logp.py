@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from r1kernels import PolicyObjective, linear_logp, linear_loss, linear_policy_loss, policy_loss
+from r1kernels.backend import refusal, use_backend
 from r1kernels.check import IGNORE
 from r1kernels.reference.kept_logp import kept_logp as kept_logp_ref
 from r1kernels.sampling import kept_from_logits
@@ -359,6 +360,35 @@ def test_bad_sets(kept, error, match):
     kept = tuple(torch.tensor(x) if isinstance(x, list) else x for x in kept)
     with pytest.raises(error, match=match):
         linear_logp(given["hidden"], given["weight"], given["targets"], kept=kept)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_sets_are_made_safe_where_no_value_is_read(backend, monkeypatch):
+    """As on a GPU: targets are added, ids out of range left out, bad rows are NaN."""
+    if backend == "triton" and refusal("kept_logp", "triton", torch.zeros(1, 8)) is not None:
+        pytest.skip("no Triton here")
+    monkeypatch.setattr("r1kernels.kept_logp.values_readable", lambda x: False)
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
+    targets = torch.tensor([1, 2, IGNORE, 17, 4])
+    ids = torch.tensor([9, 3, 9, 40, 2, -7, 6, 16, 4, 16])
+    offsets = torch.tensor([0, 3, 6, 7, 8, 10])
+    temperature = torch.tensor([1.0, 0.5, 0.0, 1.0, -1.0])
+    with use_backend(backend):
+        out = linear_logp(
+            hidden, weight, targets, kept=(ids, offsets), temperature=temperature, entropy=True
+        )
+        grads = torch.autograd.grad(sum(x[:3].sum() for x in out), (hidden, weight))
+    monkeypatch.undo()
+    leaves = hidden[:3].detach().requires_grad_(), weight.detach().requires_grad_()
+    clean = torch.tensor([1, 3, 9, 2]), torch.tensor([0, 3, 4, 4])
+    truth = linear_logp(*leaves, targets[:3], kept=clean, temperature=temperature[:3], entropy=True)
+    for x, z in zip(out, truth, strict=True):
+        assert x[3:].isnan().all() and relative_error(x[:3], z) < 1e-6
+    dhidden, dweight = torch.autograd.grad(sum(x.sum() for x in truth), leaves)
+    assert relative_error(grads[0][:3], dhidden) < 1e-6
+    # Of ids that only good rows keep; the reference's product with whole rows spreads NaN.
+    if backend == "triton":
+        assert relative_error(grads[1][1:4], dweight[1:4]) < 1e-6
 
 
 def test_what_does_not_go_with_kept():

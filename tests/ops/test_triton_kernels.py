@@ -1,5 +1,7 @@
 """The Triton kernels by themselves, in the interpreter where there is no GPU (without bfloat16)."""
 
+import sys
+
 import pytest
 import torch
 from numerics import assert_no_worse, relative_error
@@ -382,3 +384,67 @@ def test_one_tile_per_mode_and_a_stored_row_that_fits():
             assert 64 % config.BLOCK_D == 0
     assert head_kernels.store_dtype(torch.float16) == torch.float32
     assert [head_kernels.padded(V) for V in (1, 16, 17)] == [16, 16, 32]
+
+
+@pytest.mark.parametrize("V", [1, 5, 331, 512, 513, 1031])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_token_logp_cuts_rows_anywhere(V, shift):
+    # Rows at every distance from a 16-byte boundary; targets at both ends and in each block.
+    logits = (3 * torch.randn(9, V + shift, device=DEVICE)).half()[:, :V]
+    targets = torch.tensor([0, V - 1, V // 2, 7, 8, 511, 512, 1023, 1030], device=DEVICE) % V
+    upstream = torch.randn(3, 9, device=DEVICE)
+    found = []
+    for function, x in ((token_logp, logits), (reference_token, logits.double())):
+        leaf = x.detach().requires_grad_()
+        with use_backend("triton"):
+            out = function(leaf, targets, entropy=True)
+        total = sum((y * w).sum() for y, w in zip(out, upstream, strict=True))
+        found.append([*out, *torch.autograd.grad(total, leaf)])
+    for x, z in zip(*found, strict=True):
+        assert (x - z).abs().max() <= 2e-6 * z.abs().max() + (x.dtype == torch.half) * 2e-3
+
+
+def test_token_logp_rows_beyond_the_range_of_int32():
+    # Two rows 2^31 elements apart: memory that is never touched is never there.
+    V, apart = 331, 2**31
+    logits = torch.empty(apart + V, dtype=torch.half, device=DEVICE).as_strided((2, V), (apart, 1))
+    logits.copy_(torch.randn(2, V))
+    targets = torch.tensor([3, 330], device=DEVICE)
+    near = logits.contiguous().requires_grad_()
+    with use_backend("triton"):
+        expected = token_logp(near, targets, entropy=True)
+        far = logits.detach().requires_grad_()
+        out = token_logp(far, targets, entropy=True, inplace_backward=True)
+        for x, z in zip(out, expected, strict=True):
+            assert torch.equal(x, z)
+        (grad,) = torch.autograd.grad(out.logp.sum(), far)
+        assert grad.data_ptr() == logits.data_ptr()
+        assert torch.equal(grad, torch.autograd.grad(expected.logp.sum(), near)[0])
+
+
+def test_token_logp_bad_rows_are_nan_and_alone(monkeypatch):
+    # As on a GPU, where no value is looked at before the kernel runs.
+    monkeypatch.setattr(sys.modules["r1kernels.token_logp"], "values_readable", lambda x: False)
+    logits = torch.randn(6, 40, device=DEVICE, requires_grad=True)
+    targets = torch.tensor([3, 40, -1, -100, 5, 6], device=DEVICE)
+    temperature = torch.tensor([1.0, 1.0, 1.0, -1.0, 0.0, 0.5], device=DEVICE)
+    with use_backend("triton"):
+        out = token_logp(logits, targets, temperature=temperature, entropy=True)
+        (grad,) = torch.autograd.grad(sum(x.sum() for x in out), logits)
+    bad = torch.tensor([False, True, True, False, True, False], device=DEVICE)
+    for x in (*out, grad):
+        assert x[bad].isnan().all() and x[~bad].isfinite().all()
+    assert not out.logp[3] and not grad[3].any()
+
+
+def test_token_logp_entropy_of_a_peaked_row_keeps_its_digits():
+    logits = torch.zeros(27, 331, device=DEVICE)
+    logits[:, 7] = torch.linspace(4.0, 30.0, 27, device=DEVICE)
+    targets = torch.full((27,), 7, device=DEVICE)
+    truth = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+    with use_backend("triton"):
+        ours = token_logp(logits, targets, entropy=True).entropy
+        other = token_logp(logits, targets - 1, entropy=True).entropy
+    assert ((ours - truth) / truth).abs().max() < 1e-5
+    # Where the peak is not the target, what lies beside it in its lane rounds against 1.
+    assert (other - truth).abs().max() < 2e-6
