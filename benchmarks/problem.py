@@ -26,13 +26,15 @@ def build(
     *,
     device: str = "cpu",
     drawn: int = ROWS_DRAWN,
+    peaked_every: int = 2,
     truth: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> dict:
     """Tensors of one problem: inputs, the streams of every mode, and logp, lse, entropy in float64.
 
     Beyond `drawn` tokens the sequences repeat, which no implementation knows and the truth makes
-    use of. The same arguments give the same problem in every process; `truth` is (logp, lse,
-    entropy) where they are known, on the CPU, else they are computed.
+    use of. One token of every `peaked_every` is peaked. The same arguments give the same problem
+    in every process; `truth` is (logp, lse, entropy) where they are known, on the CPU, else they
+    are computed.
     """
     generator = torch.Generator().manual_seed(seed)
     large = generator if device == "cpu" else torch.Generator(device).manual_seed(seed)
@@ -51,7 +53,7 @@ def build(
     drawn_T = torch.randperm(max(V, T), generator=generator)[:T]
     targets_T = (drawn_T % V).to(device)
     # A row of the weight points along one hidden state alone.
-    peaked_T = ((torch.arange(T) % 2 == 0) & (drawn_T < V)).to(device)
+    peaked_T = ((torch.arange(T) % peaked_every == 0) & (drawn_T < V)).to(device)
     logit_T = (8.0 + 18.0 * uniform(T)).to(device)
     norm_T = hidden_TD.square().sum(-1)
     weight_VD[targets_T[peaked_T]] = ((logit_T / norm_T).unsqueeze(1) * hidden_TD)[peaked_T]

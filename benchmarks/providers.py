@@ -168,7 +168,8 @@ def _floor(whole: bool) -> Callable:
     return make
 
 
-def _eager_logp(targets_T, hidden_TD, weight_VD, with_entropy):
+def eager_logp(targets_T, hidden_TD, weight_VD, with_entropy):
+    """(logp, entropy or None) [T] as written by hand: logits in the inputs' dtype."""
     logits_TV = (hidden_TD @ weight_VD.T).float()
     logp_T = -F.cross_entropy(logits_TV, targets_T, reduction="none")
     entropy_T = None
@@ -179,7 +180,7 @@ def _eager_logp(targets_T, hidden_TD, weight_VD, with_entropy):
 
 
 def _eager(problem: dict, mode: str) -> Callable:
-    return from_logp(problem, mode, functools.partial(_eager_logp, problem["targets"]))
+    return from_logp(problem, mode, functools.partial(eager_logp, problem["targets"]))
 
 
 def _compiled(problem: dict, mode: str) -> Callable:
@@ -210,13 +211,13 @@ def _compiled_logp(targets_T: torch.Tensor) -> Callable:
 
 @functools.cache
 def _compiled_eager() -> Callable:
-    return torch.compile(_eager_logp, dynamic=False)
+    return torch.compile(eager_logp, dynamic=False)
 
 
 @functools.cache
 def _compiled_loss() -> Callable:
     def whole(hidden_TD, weight_VD, targets_T, advantages_B, logp_old_T, mask_T, entropy_coef):
-        logp_T, entropy_T = _eager_logp(targets_T, hidden_TD, weight_VD, entropy_coef != 0)
+        logp_T, entropy_T = eager_logp(targets_T, hidden_TD, weight_VD, entropy_coef != 0)
         loss = clipped_loss(logp_T, entropy_T, advantages_B, logp_old_T, mask_T, entropy_coef)
         return loss, logp_T
 
