@@ -10,7 +10,7 @@ from r1kernels import (
     linear_policy_loss,
 )
 from r1kernels.chunked_head import Gradients
-from tests.numerics import assert_no_worse, relative_error
+from tests.numerics import assert_no_worse, relative_error, relative_l2
 from tests.ops.head_cases import DTYPES, eager, gradients, make, shape_for, supported
 
 SCALE, RANK = 1.7, 3
@@ -209,6 +209,49 @@ def test_ignored_rows_hold_anything(backend):
         *(gradients(apart(*given, case), tuple(given)) for given in (clean, dirty)), strict=True
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "shape"),
+    [
+        ("cpu", 16, (64, 64, 600)),
+        pytest.param("cuda", 16, (512, 1024, 32000), marks=pytest.mark.gpu),
+        pytest.param("cuda", 5, (512, 1000, 32003), marks=pytest.mark.gpu),
+        pytest.param("cuda", 128, (512, 1024, 32000), marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_bfloat16_on_every_device(device, rank, shape, entropy_coef):
+    T, D, V = shape
+    sizes = {"hidden": (T, D), "weight": (V, D), "A": (rank, D), "B": (V, rank)}
+    scales = {"hidden": 1.0, "weight": D**-0.5, "A": D**-0.5, "B": rank**-0.5}
+    drawn = [(torch.randn(sizes[x]) * scales[x]).to(device, torch.bfloat16) for x in sizes]
+    targets, advantages = torch.randint(0, V, (T,)).to(device), torch.randn(T).to(device)
+    ours = [x.clone().requires_grad_() for x in drawn]
+    truth = [x.double().requires_grad_() for x in drawn]
+    out = linear_policy_loss(
+        *ours[:2],
+        targets,
+        advantages,
+        PolicyObjective(entropy_coef=entropy_coef),
+        lora=(*ours[2:], SCALE),
+    )
+    logits = truth[0] @ (truth[1] + SCALE * truth[3] @ truth[2]).T
+    logps = logits.log_softmax(-1)
+    logp = logps.gather(1, targets[:, None]).squeeze(1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    loss = -((logp - logp.detach()).exp() * advantages + entropy_coef * entropy).mean()
+    # What rounding low to bfloat16 does to a logit.
+    assert float((out.logp - logp.detach()).abs().max()) < 0.05
+    names = zip(
+        sizes, torch.autograd.grad(out.loss, ours), torch.autograd.grad(loss, truth), strict=True
+    )
+    for name, found, expected in names:
+        assert relative_l2(found, expected) <= 6e-3, f"{name}: {relative_l2(found, expected):.2e}"
+    frozen = linear_logp(
+        drawn[0].clone().requires_grad_(), drawn[1], targets, lora=(*drawn[2:], SCALE)
+    )
+    assert torch.equal(frozen.logp, out.logp)
 
 
 A, B = torch.zeros(2, 8), torch.zeros(17, 2)
