@@ -207,6 +207,42 @@ def objectives(problem: dict) -> dict:
     return out
 
 
+def vector_ops(problem: dict) -> dict:
+    """`policy_loss` and `group_advantages` where the problem is, in float32, against float64 on the
+    CPU: loss, gradient and metrics of log-probabilities, advantages of rewards.
+    """
+    advantages_B, old_T, mask_T, _ = problems.streams(problem, "masked_50")
+    B, T = len(advantages_B), len(mask_T)
+    rewards_B = (advantages_B * 2).round() / 2
+    groups_B = torch.arange(B, device=rewards_B.device) // max(2, B // 2)
+
+    def evaluate(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        def there(x: Tensor) -> Tensor:
+            return x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+        logp_T = there(problem["truth_logp"]).clone().requires_grad_()
+        cu_seqlens = torch.arange(0, T + 1, T // B, dtype=torch.int32, device=device)
+        out = r1kernels.policy_loss(
+            logp_T, there(advantages_B), r1kernels.PolicyObjective.gspo(), logp_old=there(old_T),
+            mask=there(mask_T), cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        out.loss.backward()
+        metrics = torch.stack([value.double() for value in out.metrics.values()])
+        made_B = r1kernels.group_advantages(there(rewards_B), groups_B.to(device))
+        return out.loss.detach(), logp_T.grad, metrics, made_B
+
+    here = evaluate(torch.float32, problem["hidden"].device)
+    exact = evaluate(torch.float64, torch.device("cpu"))
+    names = ("loss", "dlogp", "metrics", "advantages")
+    found = {
+        name: relative_error(value.cpu(), truth)
+        for name, value, truth in zip(names, here, exact, strict=True)
+    }
+    for name, error in found.items():
+        assert error <= 1e-5, f"{name}: error {error:.1e} against float64 on the CPU"
+    return found
+
+
 def kept_sets(problem: dict) -> dict:
     """`linear_logp` under ragged sets of kept ids, up to 64 for a row."""
     rows = _rows(problem, 256)
@@ -349,5 +385,13 @@ def _no_truth(T: int) -> tuple[Tensor, Tensor, Tensor]:
 # What a problem is enough for; the others choose sizes of their own.
 ON_A_PROBLEM = {
     check.__name__: check
-    for check in (any_upstream, transforms, objectives, kept_sets, paths_agree, repeats)
+    for check in (
+        any_upstream,
+        transforms,
+        objectives,
+        kept_sets,
+        vector_ops,
+        paths_agree,
+        repeats,
+    )
 }
