@@ -106,8 +106,8 @@ def test_forward_only_stores_no_logits(head, backend):
     run()
     torch.cuda.synchronize()
     taken = torch.cuda.max_memory_allocated() - base
-    # Partial sums of a tile of 128 columns and vectors of [T]: a fraction of 2 T V.
-    assert taken < 2 * HEAD.T * HEAD.V / 8, f"{taken / 2**20:.0f} MiB"
+    # Three partial sums for every 32 to 128 columns and vectors of [T]: a fraction of 2 T V.
+    assert taken < 2 * HEAD.T * HEAD.V / 4, f"{taken / 2**20:.0f} MiB"
 
 
 def test_products_are_added_in_float32_and_in_place():
