@@ -98,6 +98,7 @@ def linear_policy_loss(
         targets, mask = near(targets, hidden), near(mask, hidden)
     counted = targets != IGNORE
     if mask is not None:
+        check.device("mask", mask, counted.device)
         counted = counted & mask.bool()
     inputs = prepare(
         objective,

@@ -329,6 +329,8 @@ def test_runs_repeat_bitwise(backend):
         ({"normalizer": 0.0}, ValueError, "normalizer must be > 0"),
         ({"mask": torch.ones(1)}, ValueError, r"mask must have shape \[54\]"),
         ({"mask": [1]}, TypeError, "mask must be a tensor"),
+        ({"mask": torch.ones(54, device="meta")}, ValueError, "mask must be on cpu"),
+        ({"weights": torch.ones(54, device="meta")}, ValueError, "weights must be on cpu"),
         ({"targets": torch.full((54,), 300)}, ValueError, r"targets\[0\] is 300"),
     ],
 )
