@@ -111,7 +111,7 @@ class Build:
         flags = [
             key.lower().removeprefix("has_")
             for key, value in self.constants.items()
-            if value is True and key not in ("EVEN_D", "SAME_CUT", "SPECIALIZED")
+            if value is True and key not in ("EVEN_D", "SPECIALIZED")
         ]
         words = [self.dtype, *mode, *flags, *([] if self.aligned else ["unaligned"])]
         words += [self.variant] * bool(self.variant)
@@ -150,7 +150,9 @@ def builds(arch: int) -> Iterator[Build]:
                 )
         for flags in _settings(SOFTCAP_ENTROPY, single=aligned, off=aligned):
             blocks = token.tile(dtype, flags["SOFTCAP"])
-            for kernel, more in (("fwd", {}), ("bwd", {"SAME_CUT": aligned})):
+            # Rows cut alike in logits and gradient, as they are unless their strides differ
+            same, other = ("bwd", {"SAME_CUT": True}), ("bwd", {"SAME_CUT": False})
+            for kernel, more in (("fwd", {}), same, *[other] * (not aligned)):
                 constants = {**blocks, **flags, **more}
                 yield Build(
                     token.__name__,

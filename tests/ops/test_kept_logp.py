@@ -213,6 +213,16 @@ def test_runs_repeat_bitwise(backend):
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
+def test_a_row_does_not_depend_on_its_neighbours(backend):
+    case = make(SHAPES[backend], torch.float32, "entropy")
+    ids, offsets = sets(case.targets, SHAPES[backend][2])
+    whole_batch = call(linear_logp, case, leaves(case), (ids, offsets))
+    own = ids[offsets[4] : offsets[5]], torch.tensor([0, offsets[5] - offsets[4]])
+    alone = case._replace(hidden=case.hidden[4:5], targets=case.targets[4:5])
+    for x, y in zip(whole_batch, call(linear_logp, alone, leaves(alone), own), strict=True):
+        assert backend == "reference" or torch.equal(x[4:5], y)
+
+
 def test_empty_and_all_ignored(backend):
     weight = torch.randn(17, 8, requires_grad=True)
     for targets in (torch.zeros(0, dtype=torch.int64), torch.full((3,), IGNORE)):
