@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from r1kernels.backend import is_batch_invariant
 from r1kernels.check import IGNORE
 from r1kernels.reference.token_logp import Logp, logit_gradient, token_logp
 
@@ -49,8 +50,8 @@ def _mask(kept: tuple[Tensor, Tensor], targets: Tensor, x: Tensor) -> Tensor:
 
 
 def refuses(*_args: object) -> str | None:
-    """None: runs anywhere."""
-    return None
+    """None: runs anywhere, but promises nothing about bits."""
+    return "no promise under batch_invariant" if is_batch_invariant() else None
 
 
 def fwd(head, rows, kept: tuple[Tensor, Tensor], entropy: bool) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,15 @@ def calls(shape: tuple[int, int, int]) -> dict:
             out = linear_logp(given.hidden, given.weight, given.targets, **options["plain"])
         return [out.logp, out.lse]
 
+    def kept() -> list[torch.Tensor]:
+        T, _, V = shape
+        inputs = leaves()
+        ids = torch.stack([given.targets, (given.targets + 1) % V, (given.targets + 5) % V], 1)
+        offsets = torch.arange(0, 3 * T + 1, 3)
+        sets = ids.sort(1).values.flatten(), offsets
+        out = linear_logp(*inputs[:2], given.targets, bias=inputs[2], entropy=True, kept=sets)
+        return graded(out, inputs)
+
     def tokens(**more):
         def run() -> list[torch.Tensor]:
             logits = (given.hidden @ given.weight.T).requires_grad_()
@@ -140,11 +149,13 @@ def calls(shape: tuple[int, int, int]) -> dict:
         "linear_logp frozen, entropy": logp("all", given.some_targets, 1, 2),
         "linear_logp recompute": logp("plain", given.targets, 2),
         "linear_logp recompute, all": logp("all", given.some_targets),
+        "linear_logp kept": kept,
         "token_logp": tokens(),
         "token_logp all": tokens(temperature=given.temperature, softcap=5.0, entropy=True),
         "linear_policy_loss token": fused(PolicyObjective.r1()),
         "linear_policy_loss masked": fused(PolicyObjective.sapo(), mask=given.mask),
         "linear_policy_loss in chunks": fused(PolicyObjective.dapo(), workspace_mb=1),
+        "linear_policy_loss skip_mass": fused(PolicyObjective.cispo(), skip_mass=0.01),
         "linear_policy_loss sequence": fused(PolicyObjective.gspo()),
         "linear_policy_loss two passes": fused(PolicyObjective.gspo(), workspace_mb=1),
         "linear_policy_loss entropy": fused(PolicyObjective(entropy_coef=0.1)),

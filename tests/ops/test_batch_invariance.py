@@ -254,6 +254,34 @@ def test_reference_refuses():
         token_logp(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
 
 
+def test_rows_of_kept_sets(problem):
+    """Each row is its own dot products, whatever the switch says."""
+    T, V = problem.T, len(problem.weight)
+    sets = [
+        torch.cat([problem.targets[t : t + 1], torch.randperm(V)[: t % 7 + 1]]) for t in range(T)
+    ]
+
+    def run(rows: torch.Tensor) -> list:
+        hidden = problem.hidden[rows].requires_grad_()
+        ids = [sets[int(t)].unique() for t in rows]
+        offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
+        out = linear_logp(
+            hidden,
+            problem.weight,
+            problem.targets[rows],
+            temperature=problem.temperature[rows],
+            entropy=True,
+            kept=(torch.cat(ids), offsets),
+        )
+        total = sum((x * g[rows]).sum() for x, g in zip(out, problem.g, strict=True))
+        return [*out, torch.autograd.grad(total, hidden)[0]]
+
+    with batch_invariant():
+        whole = run(torch.arange(T))
+        for rows in problem.picks():
+            assert_rows(run(rows), whole, rows, "kept")
+
+
 def test_a_low_rank_term_is_refused():
     pytest.importorskip("r1kernels._C")
     lora = torch.zeros(2, 4), torch.zeros(5, 2), 1.0
