@@ -273,6 +273,68 @@ def test_gradients_of_listed_rows_are_those_of_all(entropy, monkeypatch):
     assert (found[1][0][dlogp == 0] == 0).all()
 
 
+def far(x, stride):
+    """x with its rows `stride` elements apart, past 2^31; the memory between is never touched."""
+    rows, columns = x.shape
+    assert (rows - 1) * stride >= 2**31
+    memory = torch.empty((rows - 1) * stride + columns, dtype=x.dtype, device=DEVICE)
+    return memory.as_strided(x.shape, (stride, 1)).copy_(x)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has no memory that is not there")
+@pytest.mark.parametrize("variant", ["pointers", "tma", "specialized"])
+def test_offsets_beyond_31_bits(variant, monkeypatch):
+    monkeypatch.setitem(head_configs.CHOICE, ARCH, variant)
+    hidden, weight, targets, _ = problem(3, 18, 64, torch.float16)
+    # A row out of range, which is listed and redone.
+    weight[targets[1]] = -hidden[1] * 4
+    temperature = torch.ones(3)
+    anchor = target_kernels.target_logits(hidden, targets, None, Head(weight, None, 0.0, 1.0))
+
+    def run(hidden, weight, columns=32):
+        head, store = Head(weight, None, 0.0, 1.0), torch.empty(3, columns, dtype=torch.float16)
+        here = target_kernels.target_logits(hidden, targets, None, head)
+        assert torch.equal(here, anchor)
+        sums = head_kernels.forward_chunk(hidden, targets, temperature, here, head, False, store)
+        return sums.s_C, sums.rounded_C, store[:, :18]
+
+    near = run(hidden, weight)
+    assert (near[2][1] <= 1).all()
+    for found in (
+        run(far(hidden, 2**30), weight),
+        run(hidden, far(weight, 2**27)),
+        # No tile lies beyond V, so most of these columns are never touched.
+        run(hidden, weight, columns=2**30),
+    ):
+        for x, z in zip(found, near, strict=True):
+            assert torch.equal(x, z)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has no memory that is not there")
+def test_offsets_of_listed_products_beyond_31_bits():
+    _, _, weight, right, factor, _, _ = listed_problem(torch.float16)
+    left, right, weight = torch.randn(3, 32).half(), right[:3], weight[:18]
+    listed = RowList.of(torch.tensor([False, True, True]))
+
+    def run(left, right, weight, dhidden, dweight):
+        counted_kernels.add_hidden_rows(dhidden, left, weight, factor, listed)
+        counted_kernels.add_weight_rows(dweight, left, right, listed)
+        return dhidden, dweight
+
+    dhidden, dweight = torch.zeros(3, 40), torch.zeros(18, 40)
+    near = run(left, right, weight, dhidden.clone(), dweight.clone())
+    assert near[0][1:].all() and near[1].any()
+    for found in (
+        run(far(left, 2**30), right, weight, dhidden.clone(), dweight.clone()),
+        run(left, far(right, 2**30), weight, dhidden.clone(), dweight.clone()),
+        run(left, right, far(weight, 2**27), dhidden.clone(), dweight.clone()),
+        run(left, right, weight, far(dhidden, 2**30), dweight.clone()),
+        run(left, right, weight, dhidden.clone(), far(dweight, 2**27)),
+    ):
+        for x, z in zip(found, near, strict=True):
+            assert torch.equal(x, z)
+
+
 def test_columns_of_minus_infinity_count_for_nothing():
     hidden, weight, targets, bias = problem(7, 67, 40, torch.float32, bias=True)
     shut = torch.arange(20, 30, device=DEVICE)
