@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every kernel that ships: `python -m benchmarks.aot`.
+"""Ahead-of-time compilation of every kernel that ships: `python -m benchmarks.aot [--chosen]`.
 
 Compiles the Triton kernels in the modes, dtypes and flags that their launchers ask for, for sm_80
 and sm_90, and csrc/cuda/*.cu for sm_90a where nvcc is installed. No GPU is needed. Prints one line
@@ -363,6 +363,9 @@ def main() -> int:
         return 2
     sources = sorted(CUDA_SOURCES.glob("*.cu")) if shutil.which("nvcc") else []
     todo = [build for arch in SHARED_LIMIT for build in builds(arch)]
+    if "--chosen" in sys.argv[1:]:
+        chosen = {"", *configs.CHOICE.values()}
+        todo = [build for build in todo if build.variant in chosen]
     total = bad = 0
     with (
         tempfile.TemporaryDirectory() as cache,

@@ -51,6 +51,15 @@ class KeptTiles(NamedTuple):
         """From a mask [blocks of listed rows, blocks of columns]."""
         return cls(*_lists(keep), *_lists(keep.T))
 
+    @classmethod
+    def of_rows(cls, keep_CS: Tensor, width: int, listed: RowList, V: int) -> "KeptTiles":
+        """From a mask per row, in tiles of `width` columns: a block keeps what a row of it does."""
+        blocks = triton.cdiv(len(keep_CS), BLOCK)
+        place = torch.arange(blocks * BLOCK, device=keep_CS.device)
+        keep = keep_CS[listed.rows[: len(place)]] & (place < listed.count)[:, None]
+        keep = keep.unflatten(0, (blocks, BLOCK)).any(dim=1)
+        return cls.of(keep.repeat_interleave(width // BLOCK, dim=1)[:, : triton.cdiv(V, BLOCK)])
+
 
 def _lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     steps = keep.repeat_interleave(STEPS, dim=1)

@@ -23,7 +23,7 @@ from r1kernels._triton.common import (
     dtype_refusal,
     inverse_temperature,
 )
-from r1kernels._triton.counted_kernels import add_hidden_rows, add_weight_rows
+from r1kernels._triton.counted_kernels import KeptTiles, add_hidden_rows, add_weight_rows
 from r1kernels._triton.head_configs import COUNTED, is_aligned, launch_config
 from r1kernels._triton.head_kernels import (
     RANK_BLOCK,
@@ -123,10 +123,15 @@ class HeadChunk:
             )  # fmt: skip
         listed = self._listed(grads, dlogp_C)
         store_CV = self.buffer[: len(self.targets_C)][at]
+        kept = None
         if self.skip_mass:
+            skip_CS = self.skip_CS[at]
             for tile, store_CS in enumerate(store_CV.split(SKIP_TILE, dim=1)):
-                if tile < self.skip_CS.shape[1]:
-                    store_CS.masked_fill_(self.skip_CS[at][:, tile, None], 0.0)
+                if tile < skip_CS.shape[1]:
+                    store_CS.masked_fill_(skip_CS[:, tile, None], 0.0)
+            if listed is not None:
+                V = len(self.head.weight_VD)
+                kept = KeptTiles.of_rows(~skip_CS, SKIP_TILE, listed, V)
         per_tau_C = inverse_temperature(temperature_C, hidden_CD)
         total_C, s_C, rounded_C = self.total_C[at], self.sums.s_C[at], self.sums.rounded_C[at]
         factor_C = (dlogp_C * self.head.logit_scale * per_tau_C / total_C).float()
@@ -138,7 +143,7 @@ class HeadChunk:
             )
         target_grad_C = (factor_C * (slope_C * s_C - (s_C - rounded_C))).float()
         return self._products(
-            hidden_CD, low_CR, targets_C, store_CV, -factor_C, target_grad_C, grads, listed
+            hidden_CD, low_CR, targets_C, store_CV, -factor_C, target_grad_C, grads, listed, kept
         )
 
     def backward(
@@ -206,8 +211,9 @@ class HeadChunk:
         return RowList.of(functools.reduce(torch.logical_or, given))
 
     def _products(
-        self, hidden_CD, low_CR, targets_C, store_CV, factor_C, target_grad_C, grads, listed
-    ) -> Tensor | None:
+        self, hidden_CD, low_CR, targets_C, store_CV, factor_C, target_grad_C, grads, listed,
+        kept=None,
+    ) -> Tensor | None:  # fmt: skip
         """GEMMs 2 and 3 with dL/dz = factor_C * store_CV, and the target column."""
         V = len(self.head.weight_VD)
         store_CV = store_CV[:, :V]
@@ -223,7 +229,7 @@ class HeadChunk:
                 if pair.dleft_CX is not None and listed is not None:
                     ones_C = torch.ones_like(target_grad_C)
                     factors_C = ones_C if factor_C is None else factor_C
-                    add_hidden_rows(pair.dleft_CX, store_CV, pair.right_VX, factors_C, listed)
+                    add_hidden_rows(pair.dleft_CX, store_CV, pair.right_VX, factors_C, listed, kept)
                 elif pair.dleft_CX is not None:
                     _add_hidden_product(pair.dleft_CX, store_CV, pair.right_VX)
                     if factor_C is not None:
@@ -233,7 +239,7 @@ class HeadChunk:
                     if factor_C is not None:
                         left_CX = (left_CX * factor_C[:, None]).to(left_CX.dtype)
                     if listed is not None:
-                        add_weight_rows(pair.dright_VX, store_CV, left_CX, listed)
+                        add_weight_rows(pair.dright_VX, store_CV, left_CX, listed, kept)
                     else:
                         _add_product(pair.dright_VX, store_CV.T, left_CX)
         for pair in pairs:

@@ -8,6 +8,7 @@ from numerics import assert_no_worse, relative_error
 
 pytest.importorskip("triton", reason="needs Triton")
 from r1kernels import linear_logp, token_logp
+from r1kernels import rows as head_rows
 from r1kernels._triton import counted_kernels, head_configs, head_kernels, target_kernels
 from r1kernels._triton import linear_logp as triton_head
 from r1kernels._triton import token_logp as triton_token
@@ -271,6 +272,33 @@ def test_gradients_of_listed_rows_are_those_of_all(entropy, monkeypatch):
     for listed, dense in zip(found[1], found[0], strict=True):
         assert relative_error(listed, dense) < 3e-6
     assert (found[1][0][dlogp == 0] == 0).all()
+
+
+def test_tiles_without_mass_are_skipped_where_no_listed_row_keeps_them(monkeypatch):
+    width = 2 * counted_kernels.BLOCK
+    for module in (head_rows, triton_head):
+        monkeypatch.setattr(module, "SKIP_TILE", width)
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    hidden, weight, targets, _ = problem(33, 5 * width + 3, 64, dtype)
+    # Every row has the tiles of its target and hardly another; the third tile belongs to none.
+    targets[:] = torch.arange(33, device=DEVICE) % width
+    weight[targets] = hidden
+    dlogp = torch.randn(33, device=DEVICE) * (torch.arange(33, device=DEVICE) % 3 == 0)
+    found = []
+    for counted in (False, True):
+        monkeypatch.setitem(head_configs.COUNTED, ARCH, counted)
+        chunk, rows, head = chunk_of(hidden, weight, targets)
+        chunk.skip_mass = 0.01
+        chunk.forward(rows, keep=True)
+        grads = Gradients.zeros(head, True, True, False)
+        found.append((chunk.gradients(None, dlogp, None, grads, True), grads.weight_VD))
+    listed = RowList.of(dlogp != 0)
+    kept = counted_kernels.KeptTiles.of_rows(~chunk.skip_CS, width, listed, len(weight))
+    steps = width // counted_kernels.STEP
+    assert 0 < kept.num_columns[0] < kept.columns.shape[1] - steps
+    assert (kept.num_columns[-1:] == 0).all()
+    for listed, dense in zip(found[1], found[0], strict=True):
+        assert relative_error(listed, dense) < 3e-6
 
 
 def far(x, stride):
