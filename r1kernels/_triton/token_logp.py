@@ -60,12 +60,10 @@ def tile(dtype: torch.dtype, softcap: float) -> dict[str, int]:
 @triton.jit
 def _cut(base, V, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Of a row that starts at element `base`: elements before a 16-byte boundary, whole blocks
-    after it, and the places [LOADS, LANES, VECTOR] within a block."""
+    after it, and the places within a block."""
     head = tl.minimum((VECTOR - base % VECTOR) % VECTOR, V).to(tl.int32)
     blocks = (V - head) // (LOADS * LANES * VECTOR)
-    load = tl.arange(0, LOADS)[:, None, None] * (LANES * VECTOR)
-    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
-    return head, blocks, load + lane + tl.arange(0, VECTOR)[None, None, :]
+    return head, blocks, tl.arange(0, LOADS * LANES * VECTOR)
 
 
 @triton.jit
@@ -87,16 +85,21 @@ def _cap(z, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _fold(y, k, tops, s, u, ENTROPY: tl.constexpr):
-    """A block's y [LOADS, LANES, VECTOR] into each lane's maximum and sums [LANES]."""
-    new = tl.maximum(tops, tl.max(tl.max(y, axis=0), axis=1))
+def _fold(
+    y, k, tops, s, u,
+    LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """A block's y into each lane's maximum and sums [LANES]."""
+    # The shape of its loads, which puts all of a lane's elements into one thread.
+    y = tl.reshape(y, (LOADS, LANES, VECTOR))
+    new = tl.maximum(tops, tl.max(tl.max(y, axis=2), axis=0))
     d = y - new[None, :, None]
     e = tl.exp2(d * k)
     decay = tl.exp2((tops - new) * k)
     if ENTROPY:
-        weighted = tl.sum(tl.sum(e * tl.maximum(d, FAR), axis=0), axis=1)
+        weighted = tl.sum(tl.sum(e * tl.maximum(d, FAR), axis=2), axis=0)
         u = decay * (u + tl.maximum(tops - new, FAR) * s) + weighted
-    s = decay * s + tl.sum(tl.sum(e, axis=0), axis=1)
+    s = decay * s + tl.sum(tl.sum(e, axis=2), axis=0)
     return new, s, u
 
 
@@ -148,12 +151,12 @@ def _token_logp_fwd_kernel(
             at_block = tl.where(block >= skip, block + 1, block)
             z = tl.load(body_ptrs + at_block.to(tl.int64) * BLOCK_V)
             y, _ = _cap(z, scale, softcap, SOFTCAP)
-            tops, s, u = _fold(y, k, tops, s, u, ENTROPY)
+            tops, s, u = _fold(y, k, tops, s, u, LOADS, LANES, VECTOR, ENTROPY)
         if inside:
             z = tl.load(body_ptrs + skip.to(tl.int64) * BLOCK_V)
             y, _ = _cap(z, scale, softcap, SOFTCAP)
             y = tl.where(place == target - head - skip * BLOCK_V, -float("inf"), y)
-            tops, s, u = _fold(y, k, tops, s, u, ENTROPY)
+            tops, s, u = _fold(y, k, tops, s, u, LOADS, LANES, VECTOR, ENTROPY)
         rest = V - blocks * BLOCK_V
         for start in range(0, rest, BLOCK_V):
             offs = start + place
@@ -161,7 +164,7 @@ def _token_logp_fwd_kernel(
             z = tl.load(logits_ptr + at, mask=offs < rest, other=0.0)
             y, _ = _cap(z, scale, softcap, SOFTCAP)
             y = tl.where((offs < rest) & (at != target), y, -float("inf"))
-            tops, s, u = _fold(y, k, tops, s, u, ENTROPY)
+            tops, s, u = _fold(y, k, tops, s, u, LOADS, LANES, VECTOR, ENTROPY)
         y_target, _ = _cap(z_target, scale, softcap, SOFTCAP)
         top = tl.maximum(tl.max(tops, axis=0), y_target)
         decay = tl.exp2((tops - top) * k)
@@ -259,7 +262,7 @@ def _token_logp_bwd_kernel(
     out_start = _boundary(out, VECTOR) if SAME_CUT else out + head
     target = tl.load(targets_ptr + row).to(tl.int32)
     if target == IGNORE:
-        zero = tl.zeros((LOADS, LANES, VECTOR), dtype=out_ptr.dtype.element_ty)
+        zero = tl.zeros((BLOCK_V,), dtype=out_ptr.dtype.element_ty)
         if part < blocks:
             tl.store(out_ptr + out_start + (part * BLOCK_V + place), zero)
         else:
