@@ -95,7 +95,7 @@ def launch_config(
     # Element-wise loads need a pointer each (larger tiles spill), and IEEE float32 products run on
     # the ordinary cores, with the operands in registers.
     if not aligned or dtype == torch.float32:
-        return HeadConfig(32, 64, 32, 8, 8, 2)
+        return HeadConfig(32, 64, 32, 8, 4, 2)
     config = pointers if name == "pointers" else VARIANTS[name][arch]
     # The slope of the softcap beside a gradient spills at the full width, and so does the float32
     # store of float16 inputs, unless the tile is finished in quarters.
