@@ -1,6 +1,6 @@
 """Builds r1kernels._C and, where nvcc and CUDA sources exist, r1kernels._C_cuda. Needs no torch.
 
-Without a C++ compiler (or with CXX naming none) the package is pure Python: reference and Triton.
+Without a C++ compiler (or with CXX naming none) the package is pure Python; NVCC=none: no CUDA.
 """
 
 import os
@@ -20,9 +20,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "clang++"
-NVCC = shutil.which("nvcc", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
+SEARCH = f"{os.environ.get('PATH')}:/usr/local/cuda/bin"
+NVCC = shutil.which(os.environ.get("NVCC") or "nvcc", path=SEARCH)
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math"
-NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -arch=sm_90a"
+NVCC_FLAGS = "-std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -gencode=arch=compute_90a,code=sm_90a"
 # Kernels are picked at run time, so only the file named after an instruction set may use it.
 AVX512_FLAGS = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 ISA_FLAGS = {"_avx2": "-mavx2 -mfma -mf16c", "_avx512": AVX512_FLAGS}
@@ -67,7 +68,8 @@ class NinjaBuild(build_ext):
             objects += f" {build}"
         (folder / "build.ninja").write_text(f"{ninja}build {escape(target)}: link{objects}\n")
         if subprocess.call([sys.executable, "-m", "ninja", "-C", str(folder)]):
-            raise CompileError(f"{ext.name} did not compile; CXX=none installs without it")
+            off = "NVCC=none" if compiler == NVCC else "CXX=none"
+            raise CompileError(f"{ext.name} did not compile; {off} installs without it")
 
 
 def escape(path: Path) -> str:

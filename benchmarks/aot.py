@@ -19,9 +19,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ from r1kernels._triton import token_logp as token
 from r1kernels._triton.common import INTERPRETED
 
 CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+# Machine instructions worth counting in CUDA C++.
+SASS = ("HGMMA", "UTMALDG", "UBLKCP", "SYNCS", "USETMAXREG", "MEMBAR", "LDL", "STL")
 # Bytes a block may use: the opt-in limit of the architecture.
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -128,6 +131,7 @@ class Record:
     shared: int = 0
     spills: int = 0
     error: str = ""
+    sass: Counter[str] = field(default_factory=Counter)  # CUDA C++: instructions by first word
 
 
 def builds(arch: int) -> Iterator[Build]:
@@ -321,16 +325,30 @@ def read_report(name: str, arch: int, report: str, shared: int = 0) -> Record:
     return Record(name, arch, max(registers), max([shared, *static]), max(spills))
 
 
+def cuda_sources() -> list[Path]:
+    """The CUDA sources that hold kernels, where nvcc is installed."""
+    if not shutil.which("nvcc"):
+        return []
+    return [path for path in sorted(CUDA_SOURCES.glob("*.cu")) if "_kernel.cuh" in path.read_text()]
+
+
 def compile_cuda(path: Path) -> Record:
-    """Compiles one CUDA source for sm_90a."""
-    name = f"{path.stem}.cu"
+    """Compiles one CUDA source for sm_90a and counts its machine instructions."""
+    name = path.name
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", str(path)]
-        command += ["-gencode", "arch=compute_90a,code=sm_90a", "-o", f"{folder}/out.o"]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return Record(name, 90, error=done.stderr.strip() or f"nvcc exit {done.returncode}")
-    return read_report(name, 90, done.stderr)
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-I", str(CUDA_SOURCES.parent)]
+        command += ["-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-o", f"{folder}/out"]
+        done = subprocess.run([*command, str(path)], capture_output=True, text=True)
+        if done.returncode:
+            return Record(name, 90, error=done.stderr.strip() or f"nvcc exit {done.returncode}")
+        dump = [triton.knobs.nvidia.cuobjdump.path, "-sass", f"{folder}/out"]
+        code = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    record = read_report(name, 90, done.stderr)
+    # setmaxnreg ignored, wgmma made sequential.
+    if warning := re.search(r".*\b(C7508|C7510)\b.*", done.stderr):
+        return replace(record, error=warning[0])
+    words = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?(\w+)", code)
+    return replace(record, sass=Counter(words))
 
 
 def faults(record: Record) -> list[str]:
@@ -340,6 +358,8 @@ def faults(record: Record) -> list[str]:
     found = []
     if record.spills:
         found.append("SPILLS")
+    if record.sass["LDL"] or record.sass["STL"]:
+        found.append("LOCAL MEMORY")
     if record.shared > SHARED_LIMIT[record.arch]:
         found.append(f"SHARED MEMORY over {SHARED_LIMIT[record.arch]}")
     return found
@@ -348,7 +368,8 @@ def faults(record: Record) -> list[str]:
 def line(record: Record) -> str:
     """KERNEL sm_90 registers=.. shared=.. spills=.., and what is wrong with it."""
     figures = f"registers={record.registers} shared={record.shared} spills={record.spills}"
-    return " ".join([record.name, f"sm_{record.arch}", figures, *faults(record)])
+    counts = [f"{word}={record.sass[word]}" for word in SASS if record.sass[word]]
+    return " ".join([record.name, f"sm_{record.arch}", figures, *counts, *faults(record)])
 
 
 def _prepare(cache: str) -> None:
@@ -361,7 +382,7 @@ def main() -> int:
     if INTERPRETED:
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 2
-    sources = sorted(CUDA_SOURCES.glob("*.cu")) if shutil.which("nvcc") else []
+    sources = cuda_sources()
     todo = [build for arch in SHARED_LIMIT for build in builds(arch)]
     if "--chosen" in sys.argv[1:]:
         chosen = {"", *configs.CHOICE.values()}

@@ -134,7 +134,9 @@ def test_kernels_do_not_know_the_driver_and_implementations_stay_private():
         if module.startswith("r1kernels."):
             assert name.split(".")[0] == "r1kernels", f"{module} imports {name}"
         if part(name) in IMPLEMENTATIONS:
-            assert part(module) == part(name), f"{module} imports {name}"
+            # cuda replaces one GEMM of triton's head and shares the rest.
+            shares = (part(module), part(name)) == ("r1kernels._cuda", "r1kernels._triton")
+            assert part(module) == part(name) or shares, f"{module} imports {name}"
 
 
 def test_only_its_own_implementation_touches_an_extension():

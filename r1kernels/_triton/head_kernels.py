@@ -283,12 +283,15 @@ def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
 
 def _launch_head(
     hidden_CD, targets_C, inverse_temperature_C, anchor_C, row_terms, head, entropy, store_CV, mode,
-    sums, listed=None, variant=None, low_CR=None,
+    sums, listed=None, variant=None, low_CR=None, gemm=None,
 ):  # fmt: skip
     """Runs the GEMM kernel in one mode and reduces its planes into sums, [planes, C].
 
     row_terms: (alpha, beta, centre) of GRADIENT. A pointer that a mode does not read is given any
     tensor of the type it has elsewhere.
+    gemm: runs in place of the kernel, except over listed rows and with a low-rank term: takes what
+    stands before `sums`, writes store_CV and returns the planes of partial sums, [planes, tiles, C]
+    float32: SUMS s, u with entropy; STORE also what rounding took; GRADIENT that alone.
     """
     C, D = hidden_CD.shape
     weight_VD, bias_V = head.weight_VD, head.bias_V
@@ -299,6 +302,14 @@ def _launch_head(
         architecture(device), hidden_CD.dtype, aligned, mode == GRADIENT.value, bool(head.softcap),
         entropy, variant if listed is None and low_CR is None else "pointers",
     )  # fmt: skip
+    rows_C, count = (targets_C, targets_C) if listed is None else listed
+    if gemm is not None and listed is None and low_CR is None:
+        partial = gemm(
+            hidden_CD, targets_C, inverse_temperature_C, anchor_C, row_terms, head, entropy,
+            store_CV, mode,
+        )  # fmt: skip
+        _reduce(partial, sums, rows_C, count, False, mode)
+        return
     planes, tiles = len(sums), config.tiles(V)
     partial = hidden_CD.new_empty((planes, tiles, C), dtype=torch.float32)
     # Any matrix whose rows a descriptor may describe, where none is written.
@@ -311,7 +322,6 @@ def _launch_head(
     sizes = (
         C, V, D, hidden_CD.stride(0), weight_VD.stride(0), columns, head.logit_scale, head.softcap
     )  # fmt: skip
-    rows_C, count = (targets_C, targets_C) if listed is None else listed
     constants = dict(
         BLOCK_C=config.BLOCK_C,
         BLOCK_V=config.BLOCK_V,
@@ -351,10 +361,15 @@ def _launch_head(
             *matrices, *vectors, *sizes, SPECIALIZED=config.loads == "specialized", **constants,
         )  # fmt: skip
     if planes:
-        _reduce_kernel[(triton.cdiv(C, BLOCK_REDUCE), planes)](
-            partial, sums, rows_C, count, C, tiles, BLOCK_C=BLOCK_REDUCE, BLOCK_TILES=BLOCK_REDUCE,
-            LISTED=listed is not None, MODE=mode, num_warps=4,
-        )  # fmt: skip
+        _reduce(partial, sums, rows_C, count, listed is not None, mode)
+
+
+def _reduce(partial, sums, rows_C, count, listed: bool, mode) -> None:
+    planes, tiles, C = partial.shape
+    _reduce_kernel[(triton.cdiv(C, BLOCK_REDUCE), planes)](
+        partial, sums, rows_C, count, C, tiles, BLOCK_C=BLOCK_REDUCE, BLOCK_TILES=BLOCK_REDUCE,
+        LISTED=listed, MODE=mode, num_warps=4,
+    )  # fmt: skip
 
 
 def forward_chunk(
@@ -366,6 +381,7 @@ def forward_chunk(
     entropy: bool,
     store_CV: Tensor | None,
     low_CR: Tensor | None = None,
+    gemm=None,
 ) -> ChunkSums:
     """Row sums of E = exp(l - anchor) over j != y, and E itself where a buffer is given.
 
@@ -381,7 +397,7 @@ def forward_chunk(
     planes = 1 + entropy + (store_CV is not None)
     sums = hidden_CD.new_empty((planes, len(hidden_CD)), dtype=torch.float64)
     operands = hidden_CD, targets_C, inverse_temperature_C, anchor_C, None, head, entropy, store_CV
-    _launch_head(*operands, mode, sums, low_CR=low_CR)
+    _launch_head(*operands, mode, sums, low_CR=low_CR, gemm=gemm)
     # Written so that NaN is out of range. A row whose anchor is NaN stays so whatever is done.
     again = RowList.of(~(sums[0] <= SUM_LIMIT) & ~anchor_C.isnan())
     # Two more products over the rows out of range, of which there normally are none, by the same
@@ -407,6 +423,7 @@ def gradient_chunk(
     store_CV: Tensor,
     low_CR: Tensor | None = None,
     listed: RowList | None = None,
+    gemm=None,
 ) -> Tensor:
     """Writes dL/dz into store_CV (0 in the target column) and returns t_C = dL/dz of the target.
 
@@ -437,7 +454,7 @@ def gradient_chunk(
     _launch_head(
         hidden_CD, targets_C, inverse_temperature_C, anchor_C,
         tuple(x.float() for x in (-gap_C * factor_C, beta_C * factor_C, centre_C)),
-        head, False, store_CV, GRADIENT.value, sums, listed, low_CR=low_CR,
+        head, False, store_CV, GRADIENT.value, sums, listed, low_CR=low_CR, gemm=gemm,
     )  # fmt: skip
     return (t_C * scale_C + sums[0]).float()
 

@@ -48,6 +48,7 @@ class HeadChunk:
 
     every_row = False
     skip_mass = 0.0
+    gemm = None  # in place of GEMM 1's kernel; `_launch_head` has the contract
 
     def __init__(self, head, rows: int, entropy: bool, entropy_grad: bool):
         weight_VD = head.weight_VD
@@ -84,7 +85,7 @@ class HeadChunk:
         store_CV = self._store() if keep else None
         sums = forward_chunk(
             self.hidden_CD, self.targets_C, self.temperature_C, anchor_C, self.head, self.entropy,
-            store_CV, self.low_CR,
+            store_CV, self.low_CR, self.gemm,
         )  # fmt: skip
         self.sums, self.kept = sums, keep
         # float64 on [C] numbers: log S must not cancel against the mean where the entropy is small.
@@ -189,7 +190,7 @@ class HeadChunk:
         listed = self._listed(grads, dlogp_C, dentropy_C, dlse_C)
         target_grad_C = gradient_chunk(
             hidden_CD, targets_C, temperature_C, stats, dlogp_C, dentropy_C, dlse_C,
-            self.head, store_CV, low_CR, listed,
+            self.head, store_CV, low_CR, listed, self.gemm,
         )  # fmt: skip
         return self._products(
             hidden_CD, low_CR, targets_C, store_CV, None, target_grad_C, grads, listed
