@@ -16,6 +16,7 @@ from r1kernels.backend import is_batch_invariant
 from r1kernels.padded_chunk import PaddedChunk
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import beside
+from r1kernels.shards import Shard
 
 # Logits kept per chunk, in MiB, unless the caller says: enough rows for GEMMs at full rate.
 DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 1280}
@@ -41,6 +42,7 @@ class Head:
     lora_RD: Tensor | None = None  # A
     lora_VR: Tensor | None = None  # B, in the dtype of the weight
     lora_scale: float = 1.0
+    shard: Shard | None = None  # None: the weight is the whole vocabulary
 
     def low(self, hidden_CD: Tensor) -> Tensor | None:
         """s h A^T in float32; None without a low-rank term."""
@@ -72,6 +74,7 @@ class Rows(NamedTuple):
     targets_T: Tensor
     temperature_T: Tensor | None
     prior_T: Tensor | None
+    target_logit_T: Tensor | None = None  # given where a shard may not have the target (-1)
     # Where they stand among the `total` rows of the call; None: they are all of them.
     place_T: Tensor | None = None
     total: int | None = None
@@ -178,10 +181,14 @@ class HeadChunk(Protocol):
     def block_rows() -> int:
         """Under `batch_invariant` a chunk has a multiple of as many rows; 1: any number will do."""
 
+    def target_logits(self, rows: Rows) -> Tensor:
+        """Transformed logits of the targets, [C] float32; 0 where another shard has them."""
+
     def forward(self, rows: Rows, keep: bool) -> Logp:
         """GEMM 1 and the row statistics, [C] float64: their low bits matter to a gradient.
 
-        With `keep`, `gradients` may follow.
+        With `keep`, `gradients` may follow. The statistics are those of the whole vocabulary: a
+        shard combines its sums with the other ranks'.
         """
 
     def gradients(
@@ -215,6 +222,8 @@ class HeadChunk(Protocol):
 
 def chunk_rows(chunk: type[HeadChunk], head: Head, workspace_mb: int | None) -> int:
     """Rows per chunk: what the workspace holds. Depends on nothing else, so all paths cut alike."""
+    if head.shard is not None:
+        return head.shard.chunk_rows
     mb = workspace_mb or DEFAULT_WORKSPACE_MB.get(
         head.weight_VD.device.type, DEFAULT_WORKSPACE_MB["cpu"]
     )
@@ -241,6 +250,7 @@ def forward(
     size = chunk_rows(chunk, head, workspace_mb)
     out = _empty_stats(rows, entropy)
     work = _start(chunk, head, min(size, len(rows.targets_T)), entropy, False)
+    rows = _with_target_logits(work, head, rows, size)
     for at in _slices(rows, size):
         _write(out, at, work.forward(rows.take(at), keep=False))
     return out
@@ -260,6 +270,7 @@ def jacobian(
     jac_entropy_TD = rows.buffer(torch.float32) if entropy else None
     work = _start(chunk, head, min(size, len(rows.targets_T)), entropy, entropy)
     work.every_row = True
+    rows = _with_target_logits(work, head, rows, size)
     grads = Gradients(True, None, None)
     for at in _slices(rows, size):
         stats = work.forward(rows.take(at), keep=True)
@@ -269,7 +280,7 @@ def jacobian(
         rows.put(jac_TD, at, work.gradients(None, one, None, grads, last=not entropy))
         if entropy:
             rows.put(jac_entropy_TD, at, work.gradients(None, zero, one, grads, last=True))
-    return out, jac_TD, jac_entropy_TD
+    return out, _over_shards(head, jac_TD), _over_shards(head, jac_entropy_TD)
 
 
 def backward(
@@ -289,7 +300,9 @@ def backward(
     Adds to grads; returns dhidden of all rows of the call in `dtype`, by default that of hidden.
     """
     size = chunk_rows(chunk, head, workspace_mb)
-    dhidden_TD = rows.buffer(dtype or rows.hidden_TD.dtype) if grads.hidden else None
+    dtype = dtype or rows.hidden_TD.dtype
+    partial = dtype if head.shard is None else torch.float32
+    dhidden_TD = rows.buffer(partial) if grads.hidden else None
     work = _start(
         chunk,
         head,
@@ -303,7 +316,8 @@ def backward(
         dhidden_CD = work.backward(rows.take(at), part, *upstream, grads)
         if dhidden_TD is not None:
             rows.put(dhidden_TD, at, dhidden_CD)
-    return dhidden_TD
+    _over_shards(head, grads.lora_RD)
+    return _over_shards(head, dhidden_TD, dtype)
 
 
 def unscaled_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -363,11 +377,13 @@ def fused(
 
     out = _empty_stats(rows, entropy)
     dtype = unscaled_dtype(rows.hidden_TD.dtype)
-    dhidden_TD = rows.buffer(dtype, zero=True) if grads.hidden else None
+    partial = dtype if head.shard is None else torch.float32
+    dhidden_TD = rows.buffer(partial, zero=True) if grads.hidden else None
     live = None if live is None else _Live(live, rows.hidden_TD)
     work = _start(chunk, head, min(size, total), entropy, entropy_grad)
     work.skip_mass = skip_mass
     dropped_T = torch.zeros_like(out.logp, dtype=torch.float32) if skip_mass else None
+    rows = _with_target_logits(work, head, rows, size)
     for at in _slices(rows, size):
         stats = work.forward(rows.take(at), keep=grads.any)
         _write(out, at, stats)
@@ -388,7 +404,8 @@ def fused(
             rows.put(dhidden_TD, at, dhidden_CD, active)
         if skip_mass:
             dropped_T[at] = torch.where(given_C != 0, work.dropped_C, 0.0)
-    return out, dhidden_TD, dropped_T
+    _over_shards(head, grads.lora_RD)
+    return out, _over_shards(head, dhidden_TD, dtype), dropped_T
 
 
 def rounded(stats: Logp) -> Logp:
@@ -448,6 +465,29 @@ def _active(dlogp_C: Tensor, dentropy_C: Tensor | None, known: Tensor | None) ->
             has |= dentropy_C != 0
         active = has.nonzero().squeeze(1)
     return active if active is not None and len(active) < COMPACT_BELOW * len(dlogp_C) else None
+
+
+def _with_target_logits(work: HeadChunk, head: Head, rows: Rows, size: int) -> Rows:
+    """A row's anchor comes from its target's logit, which one shard can compute and all need."""
+    if head.shard is None:
+        return rows
+    logits_T = rows.hidden_TD.new_empty(len(rows.targets_T), dtype=torch.float32)
+    for at in _slices(rows, size):
+        logits_T[at] = work.target_logits(rows.take(at))
+    return rows._replace(target_logit_T=head.shard.add_up(logits_T))
+
+
+def _over_shards(head: Head, x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """A gradient that every shard has a part of, summed in place and only then rounded."""
+    if head.shard is None or x is None:
+        return x
+    if is_batch_invariant():
+        # An all-reduce adds in an order that depends on the place in the buffer.
+        for part in x.split(INVARIANT_ROWS):
+            part.copy_(head.shard.in_order(part))
+    else:
+        head.shard.add_up(x)
+    return x.to(dtype or x.dtype)
 
 
 def _slices(rows: Rows, size: int) -> list[slice]:

@@ -1,20 +1,16 @@
 """What every op of the linear head takes: arguments checked and flattened, one list for all."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from r1kernels import shards
 from r1kernels.backend import implementation, is_batch_invariant
-from r1kernels.check import (
-    describe,
-    device,
-    dtype_in,
-    local,
-    shape,
-)
-from r1kernels.chunked_head import Head, HeadChunk, Rows
+from r1kernels.check import describe, device, dtype_in, local, shape
+from r1kernels.chunked_head import Head, HeadChunk, Rows, chunk_rows
 from r1kernels.rows import (
     DTYPES,
     beside,
@@ -41,6 +37,7 @@ class HeadInputs(NamedTuple):
     softcap: float
     logit_scale: float
     lora_scale: float
+    group: str = ""  # of the ranks that hold the other slices of the vocabulary
 
     @property
     def trained(self) -> tuple[Tensor | None, ...]:
@@ -51,8 +48,17 @@ class HeadInputs(NamedTuple):
         """Which of `trained` need gradients in a call made now."""
         return [x is not None and torch.is_grad_enabled() and x.requires_grad for x in self.trained]
 
-    def start(self, counted_T: Tensor | None = None, count: int | None = None) -> "Work":
-        """What a path of `chunked_head` starts from; a backward knows which rows count."""
+    def start(
+        self,
+        workspace_mb: int | None,
+        agreed: tuple = (),
+        counted_T: Tensor | None = None,
+        count: int | None = None,
+    ) -> "Work":
+        """What a path of `chunked_head` starts from; a backward knows which rows count.
+
+        agreed: what else a group's ranks must call with alike, tensors per token too.
+        """
         # A float32 master weight meets 16-bit hidden states as a copy in their dtype.
         weight_VD, lora_VR = (
             None if x is None else x.to(self.hidden_TD.dtype)
@@ -70,13 +76,25 @@ class HeadInputs(NamedTuple):
             lora_VR,
             self.lora_scale,
         )
-        temperature_T = self.temperature_T
-        if counted_T is None:
-            counted_T, count, temperature_T = counted_rows(
-                self.targets_T, weight_VD.shape[0], temperature_T
+        temperature_T, vocab = self.temperature_T, len(weight_VD)
+        if self.group:
+            rank = None if self.lora_RD is None else len(self.lora_RD)
+            same = (
+                run.__name__,
+                is_batch_invariant(),
+                self.hidden_TD.dtype,
+                self.bias_V is None,
+                rank,
             )
+            agreed = *same, self.targets_T, temperature_T, self.prior_T, *self[TENSORS:], *agreed
+            size = chunk_rows(run.HeadChunk, head, workspace_mb)
+            head = replace(head, shard=shards.join(self.group, vocab, size, self.hidden_TD, agreed))
+            vocab = head.shard.vocab
+        if counted_T is None:
+            counted_T, count, temperature_T = counted_rows(self.targets_T, vocab, temperature_T)
             counted_T = beside(counted_T, self.hidden_TD)
         targets_T = beside(self.targets_T, self.hidden_TD)
+        targets_T = targets_T if head.shard is None else head.shard.local(targets_T)
         rows = Rows(self.hidden_TD, targets_T, temperature_T, self.prior_T)
         if count < len(targets_T):
             rows = rows.take(torch.nonzero_static(counted_T, size=count).squeeze(1))
@@ -97,7 +115,7 @@ class Work(NamedTuple):
 SCHEMA = (
     "Tensor hidden_TD, Tensor weight_VD, Tensor targets_T, Tensor? bias_V, Tensor? lora_RD, "
     "Tensor? lora_VR, Tensor? temperature_T, Tensor? prior_T, Tensor? weight_grad_VD, "
-    "float softcap, float logit_scale, float lora_scale"
+    "float softcap, float logit_scale, float lora_scale, str group"
 )
 COUNT = len(HeadInputs._fields)
 # The tensors come first.
@@ -129,11 +147,13 @@ def head_inputs(
     prior: object,
     workspace_mb: object,
     weight_grad: object,
+    group: object,
 ) -> HeadInputs:
     """The arguments of a call on a linear head, checked, the leading shape made one axis.
 
     Raises: ValueError on shapes, devices and options out of range; TypeError on dtypes.
     """
+    weight, bias, group = shards.local_head(weight, bias, group)
     for name, x in (("hidden", hidden), ("weight", weight)):
         local(name, x)
     dtype_in("hidden", hidden, DTYPES)
@@ -185,6 +205,7 @@ def head_inputs(
         options.softcap,
         options.logit_scale,
         lora_scale,
+        group,
     )
 
 
@@ -207,7 +228,7 @@ def _lora(lora: object, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor,
     return lora_RD, lora_VR, float(scale)
 
 
-def check_skip_mass(skip_mass: object, entropy_grad: bool, kept: object) -> float:
+def check_skip_mass(skip_mass: object, entropy_grad: bool, kept: object, group: object) -> float:
     """Raises: TypeError unless a number; ValueError outside [0, 1) or where it cannot be had."""
     if isinstance(skip_mass, bool) or not isinstance(skip_mass, int | float):
         raise TypeError(f"skip_mass must be a number, got {describe(skip_mass)}")
@@ -217,6 +238,10 @@ def check_skip_mass(skip_mass: object, entropy_grad: bool, kept: object) -> floa
         raise ValueError("skip_mass does not go with a gradient of the entropy: nothing bounds it")
     if skip_mass and kept is not None:
         raise ValueError("skip_mass does not go with kept: nothing is left to leave out")
+    if skip_mass and group is not None:
+        raise ValueError(
+            "skip_mass does not go with group: a slice knows not a row's mass"
+        )
     if skip_mass and is_batch_invariant():
         raise ValueError("skip_mass does not go with batch_invariant: what is left out varies")
     return float(skip_mass)

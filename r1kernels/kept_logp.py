@@ -26,12 +26,13 @@ def kept_logp(call: HeadInputs, kept: object, entropy: bool) -> Logp:
     """`linear_logp` with `kept`, on checked arguments; results are [T].
 
     Raises: TypeError and ValueError on what is no ragged list of ids for every row, on a low-rank
-        term, on a weight_grad; where ids and targets are on the CPU, ValueError on an id outside
-        the vocabulary and on a set without its target. On a GPU no value is waited for: the target
-        is added to its set, an id outside the vocabulary is left out, and a row whose target or
-        temperature is out of range is NaN.
+        term, a weight_grad or a group; where ids and targets are on the CPU, ValueError on an id
+        outside the vocabulary and on a set without its target. On a GPU no value is waited for: the
+        target is added to its set, an id outside the vocabulary is left out, and a row whose target
+        or temperature is out of range is NaN.
     """
-    for name, x in (("lora", call.lora_RD), ("weight_grad", call.weight_grad_VD)):
+    others = {"lora": call.lora_RD, "weight_grad": call.weight_grad_VD, "group": call.group or None}
+    for name, x in others.items():
         if x is not None:
             raise ValueError(f"kept does not go with {name}")
     stats_3T, *_ = kept_logp_fwd(*call, *_checked(kept, call), entropy)

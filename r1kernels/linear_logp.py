@@ -1,11 +1,13 @@
 """Log-probability and entropy of target tokens from hidden states; logits never stored whole."""
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from r1kernels.head_inputs import head_inputs
 from r1kernels.kept_logp import kept_logp
 from r1kernels.linear_logp_ops import linear_logp_fwd
 from r1kernels.reference.token_logp import Logp
+from r1kernels.shards import refusals_told
 
 
 def linear_logp(
@@ -23,6 +25,7 @@ def linear_logp(
     kept: tuple[Tensor, Tensor] | None = None,
     workspace_mb: int | None = None,
     weight_grad: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Logp:
     """`logp = l[target] - logsumexp(l)` of the logits of a linear head.
 
@@ -58,6 +61,13 @@ def linear_logp(
             `main_grad`: the backward adds the weight's gradient to it, unrounded and without a
             buffer of its own, and autograd gives weight none.
 
+        group: the ranks that hold the vocabulary in slices, in rank order, each of one row or more.
+            weight, bias and B are then this rank's slices (weight and bias may be DTensors with
+            Shard(0) over the group), and every rank calls with the same hidden, targets (of the
+            whole vocabulary) and options. Results are the same bits on every rank; the gradients of
+            hidden and A are whole on every rank, the others are the slice's. An argument that one
+            rank refuses, or ranks that differ, are errors on all of them.
+
     Returns:
         Logp(logp, entropy | None, lse): [...] float32, in nats. Gradients flow to hidden, weight,
         bias, A and B through all three.
@@ -68,10 +78,11 @@ def linear_logp(
         kept set without its target (a GPU adds it); TypeError on dtypes.
     Source: docs/ops/linear_logp.md.
     """
-    call = head_inputs(
-        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
-        workspace_mb, weight_grad,
-    )  # fmt: skip
+    with refusals_told(group):
+        call = head_inputs(
+            hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
+            workspace_mb, weight_grad, group,
+        )  # fmt: skip
     shape = targets.shape
     if kept is not None:
         return Logp(*(None if x is None else x.view(shape) for x in kept_logp(call, kept, entropy)))

@@ -26,7 +26,7 @@ def linear_logp_fwd(*args):
     d logp / d hidden, d entropy / d hidden). What was not asked for is empty.
     """
     call, (entropy, frozen, workspace_mb) = split(args)
-    chunk, head, rows, counted_T, count = call.start()
+    chunk, head, rows, counted_T, count = call.start(workspace_mb, (entropy, frozen))
     jac_TD = jac_entropy_TD = None
     if frozen:
         stats, jac_TD, jac_entropy_TD = chunked_head.jacobian(
@@ -83,7 +83,7 @@ def linear_logp_bwd(*args):
     weight_grad_VD is the buffer that dweight accumulates in, where there is one.
     """
     call, (*upstream, exact_3T, counted_T, count, needs, workspace_mb) = split(args)
-    chunk, head, rows, _, _ = call.start(counted_T, count.item())
+    chunk, head, rows, _, _ = call.start(workspace_mb, (needs,), counted_T, count.item())
     dentropy_T, at = upstream[1], rows.place_T
     logp_T, entropy_T, lse_T = exact_3T
     stats = Logp(logp_T, None if dentropy_T is None else entropy_T, lse_T)

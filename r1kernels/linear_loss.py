@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from r1kernels import chunked_head
 from r1kernels.backend import isolated
@@ -13,6 +14,7 @@ from r1kernels.forward_gradients import keep, upstream
 from r1kernels.head_inputs import HeadInputs, check_skip_mass, gradients, head_inputs, split
 from r1kernels.kept_logp import kept_logp
 from r1kernels.reference.token_logp import Logp
+from r1kernels.shards import refusals_told
 
 # fn(logp, entropy | None, rows) -> per-token loss
 TokenLoss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
@@ -35,6 +37,7 @@ def linear_loss(
     workspace_mb: int | None = None,
     weight_grad: Tensor | None = None,
     skip_mass: float = 0.0,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Sum over tokens of `fn(logp, entropy, rows)`, at the cost of three GEMMs.
 
@@ -54,11 +57,12 @@ def linear_loss(
 
     Raises: ValueError when fn returns another shape; otherwise as `linear_logp`.
     """
-    call = head_inputs(
-        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
-        workspace_mb, weight_grad,
-    )  # fmt: skip
-    skip_mass = check_skip_mass(skip_mass, entropy, kept)
+    with refusals_told(group):
+        call = head_inputs(
+            hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
+            workspace_mb, weight_grad, group,
+        )  # fmt: skip
+        skip_mass = check_skip_mass(skip_mass, entropy, kept, group)
     if kept is not None:
         found = kept_logp(call, kept, entropy)
         rows = (call.targets_T != IGNORE).nonzero().squeeze(1).to(hidden.device)
@@ -82,7 +86,7 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx, *args):
         call, (fn, entropy, skip_mass, needs, workspace_mb) = split(args)
         call = HeadInputs(*(x.detach() if isinstance(x, Tensor) else x for x in call))
-        chunk, head, rows, counted_T, _ = call.start()
+        chunk, head, rows, counted_T, _ = call.start(workspace_mb, (entropy, needs))
         index = rows.place_T
         if index is None:
             index = torch.arange(len(counted_T), device=counted_T.device)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from r1kernels import check
 from r1kernels.check import IGNORE
@@ -14,6 +15,7 @@ from r1kernels.policy_loss import from_inputs
 from r1kernels.policy_terms import METRICS
 from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.rows import beside
+from r1kernels.shards import refusals_told
 
 
 def linear_policy_loss(
@@ -41,6 +43,7 @@ def linear_policy_loss(
     workspace_mb: int | None = None,
     weight_grad: Tensor | None = None,
     skip_mass: float = 0.0,
+    group: ProcessGroup | None = None,
 ) -> PolicyLoss:
     """`policy_loss` of `linear_logp`'s log-probabilities, with the logits made once.
 
@@ -55,8 +58,8 @@ def linear_policy_loss(
 
     Args:
         hidden: packed [T, D] or padded [B, S, D], float32, bfloat16 or float16.
-        weight, targets, bias, lora, temperature, softcap, logit_scale, kept, workspace_mb: as
-            `linear_logp`.
+        weight, targets, bias, lora, temperature, softcap, logit_scale, kept, workspace_mb, group:
+            as `linear_logp`; of a group every rank passes the same advantages and other streams.
         weight_grad: as `linear_logp`, in one scaled addition of the gradient made in the forward.
         advantages, objective, logp_old, logp_ref, logp_sampler, mask, weights, cu_seqlens,
             normalizer: as `policy_loss`.
@@ -82,39 +85,40 @@ def linear_policy_loss(
         with an entropy coefficient (whose gradient it does not bound) or `batch_invariant`.
     Source: docs/ops/linear_logp.md.
     """
-    call = head_inputs(
-        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
-        workspace_mb, weight_grad,
-    )  # fmt: skip
-    leading = targets.shape
-    if mask is not None:
-        check.shape("mask", mask, leading, "that of the targets")
-    if weights is not None:
-        check.shape("weights", weights, leading, "that of the targets")
-    # What the host knows of the rows is used before anything reaches the device.
-    on_host = all(x is None or x.device.type == "cpu" for x in (targets, mask, weights))
-    live_T = live_rows(objective, leading, advantages, cu_seqlens) if on_host else None
-    if not on_host:
-        targets, mask = near(targets, hidden), near(mask, hidden)
-    counted = targets != IGNORE
-    if mask is not None:
-        check.device("mask", mask, counted.device)
-        counted = counted & mask.bool()
-    inputs = prepare(
-        objective,
-        leading,
-        near(advantages, hidden),
-        device=hidden.device,
-        logp_old=near(logp_old, hidden),
-        logp_ref=near(logp_ref, hidden),
-        logp_sampler=near(logp_sampler, hidden),
-        mask=near(counted, hidden),
-        weights=near(weights, hidden),
-        cu_seqlens=near(cu_seqlens, hidden),
-        normalizer=normalizer,
-        has_entropy=True,
-    )
-    skip_mass = check_skip_mass(skip_mass, objective.entropy_coef != 0, kept)
+    with refusals_told(group):
+        call = head_inputs(
+            hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, prior,
+            workspace_mb, weight_grad, group,
+        )  # fmt: skip
+        leading = targets.shape
+        if mask is not None:
+            check.shape("mask", mask, leading, "that of the targets")
+        if weights is not None:
+            check.shape("weights", weights, leading, "that of the targets")
+        # What the host knows of the rows is used before anything reaches the device.
+        on_host = all(x is None or x.device.type == "cpu" for x in (targets, mask, weights))
+        live_T = live_rows(objective, leading, advantages, cu_seqlens) if on_host else None
+        if not on_host:
+            targets, mask = near(targets, hidden), near(mask, hidden)
+        counted = targets != IGNORE
+        if mask is not None:
+            check.device("mask", mask, counted.device)
+            counted = counted & mask.bool()
+        inputs = prepare(
+            objective,
+            leading,
+            near(advantages, hidden),
+            device=hidden.device,
+            logp_old=near(logp_old, hidden),
+            logp_ref=near(logp_ref, hidden),
+            logp_sampler=near(logp_sampler, hidden),
+            mask=near(counted, hidden),
+            weights=near(weights, hidden),
+            cu_seqlens=near(cu_seqlens, hidden),
+            normalizer=normalizer,
+            has_entropy=True,
+        )
+        skip_mass = check_skip_mass(skip_mass, objective.entropy_coef != 0, kept, group)
     # A token that weighs nothing is one that does not count.
     if not on_host:
         counted = inputs.weights_T != 0

@@ -32,10 +32,9 @@ def linear_policy_loss_fwd(*args):
     Those of the head are float32. Empty are gradients that `needs` does not ask for, and dropped
     without skip_mass.
     """
-    call, (live_T, *streams, num_sequences, objective, entropy, skip_mass, needs, workspace_mb) = (
-        split(args)
-    )
-    chunk, head, rows, _, _ = call.start()
+    call, rest = split(args)
+    live_T, *streams, num_sequences, objective, entropy, skip_mass, needs, workspace_mb = rest
+    chunk, head, rows, _, _ = call.start(workspace_mb, rest)
     if rows.place_T is not None:
         streams = tuple(None if x is None else x[rows.place_T] for x in streams)
     # Both are on the CPU, or there is no live_T.

@@ -23,6 +23,9 @@ class PaddedChunk:
         self.block = block
         self.work = chunk(head, rows + -rows % block, entropy, entropy_grad)
 
+    def target_logits(self, rows) -> Tensor:
+        return self.work.target_logits(self._rows(rows))[: len(rows.targets_T)]
+
     def forward(self, rows, keep: bool) -> Logp:
         return _first(self.work.forward(self._rows(rows), keep), len(rows.targets_T))
 
@@ -58,6 +61,7 @@ class PaddedChunk:
             targets_T=self._pad(rows.targets_T),
             temperature_T=self._pad(rows.temperature_T, 1.0),
             prior_T=self._pad(rows.prior_T),
+            target_logit_T=self._pad(rows.target_logit_T),
         )
 
     def _pad(self, x_C: Tensor | None, value: float = 0.0) -> Tensor | None:

@@ -132,28 +132,28 @@ def op_arguments():
             linear_logp_fwd,
             (
                 hidden, weight, TARGETS, torch.randn(17, requires_grad=True), None, None,
-                temperature, None, None, 0.0, 1.0, 1.0, True, False, None,
+                temperature, None, None, 0.0, 1.0, 1.0, "", True, False, None,
             ),
         ),
         "linear_logp frozen": (
             linear_logp_fwd,
             (
                 hidden, weight.detach(), TARGETS, None, *lora(), None, -torch.rand(5), None, 5.0,
-                1.0, 2.0, True, True, None,
+                1.0, 2.0, "", True, True, None,
             ),
         ),
         "kept_logp": (
             kept_logp_fwd,
             (
                 hidden, weight, TARGETS, torch.randn(17, requires_grad=True), None, None,
-                temperature, None, None, 5.0, 1.0, 1.0, *KEPT, True,
+                temperature, None, None, 5.0, 1.0, 1.0, "", *KEPT, True,
             ),
         ),
         "linear_policy_loss": (
             linear_policy_loss_fwd,
             (
-                hidden, weight, TARGETS, None, *lora(True), None, None, None, 0.0, 1.0, 0.5, None,
-                torch.randn(5), -torch.rand(5), None, None, torch.rand(5), None, 1,
+                hidden, weight, TARGETS, None, *lora(True), None, None, None, 0.0, 1.0, 0.5, "",
+                None, torch.randn(5), -torch.rand(5), None, None, torch.rand(5), None, 1,
                 PolicyObjective.dapo().spec, False, 0.0, [True, True, False, True, True], None,
             ),
         ),

@@ -85,10 +85,17 @@ class HeadChunk:
         # Sixteen rows for each thread, among which the library may share them out.
         return -(-16 * torch.get_num_threads() // ALIGN) * ALIGN
 
+    def target_logits(self, rows) -> Tensor:
+        self._take(rows)
+        logit_C = self._target_logit(self.targets_C.clamp(min=0))
+        return torch.where(self.targets_C >= 0, logit_C, 0.0)
+
     def forward(self, rows, keep: bool) -> Logp:
         self._take(rows)
         count = len(self.targets_C)
-        target_C = self._target_logit()
+        target_C = rows.target_logit_T
+        if target_C is None:
+            target_C = self._target_logit(self.targets_C)
         prior_C = (
             torch.zeros_like(target_C)
             if rows.prior_T is None
@@ -115,6 +122,10 @@ class HeadChunk:
             if before is not None:
                 moved_C = torch.exp((before[1] - anchor_C).double())
                 masses.append((sum_C - before[0] * moved_C, anchor_C.double()))
+        if self.head.shard is not None:
+            # The largest anchor of all ranks: kept tiles are brought to it like any earlier one.
+            anchor_C, sum_C, weighted_C = self.head.shard.combine(anchor_C, sum_C, weighted_C)
+        self.final_C = anchor_C
         stats = self._statistics(target_C, anchor_C, sum_C, weighted_C)
         if masses:
             mass_CS = torch.stack([x_C * torch.exp(c_C - anchor_C) for x_C, c_C in masses], 1)
@@ -141,7 +152,6 @@ class HeadChunk:
             factor_C = (-scale * dlogp_C.double() / self.total_C[rows]).float()
             if temperature_C is not None:
                 factor_C /= temperature_C
-            final_C = self.anchors[-1] if self.anchors else None
             minus_C = -self.sum_C[rows].float()
             right = (None if x is None else x * factor_C[:, None] for x in right)
         self._check_rows(len(targets_C))
@@ -150,7 +160,7 @@ class HeadChunk:
         for index, (first, end) in enumerate(self.edges):
             tile = self._tile(first, end, len(self.targets_C), True)
             if self.store == EXP:
-                self._settle(tile, index, final_C)
+                self._settle(tile, index)
             if self.skip_mass:
                 kept = (~self.skip_CS[rows, index]).nonzero().squeeze(1)
                 if not len(kept):
@@ -249,13 +259,13 @@ class HeadChunk:
         if grads.bias_V is not None:
             grads.bias_V[first:last] += tile.sum(0) if factor_C is None else tile.T @ factor_C
 
-    def _target_logit(self) -> Tensor:
-        weight_CD = self.head.weight_VD[self.targets_C].float()
+    def _target_logit(self, targets_C: Tensor) -> Tensor:
+        weight_CD = self.head.weight_VD[targets_C].float()
         z_C = (self._narrow(self.hidden_CD) * weight_CD).sum(-1)
         if self.low_CR is not None:
-            z_C += (self.low_CR * self.lora_VR[self.targets_C]).sum(-1)
+            z_C += (self.low_CR * self.lora_VR[targets_C]).sum(-1)
         if self.bias_V is not None:
-            z_C += self.bias_V[self.targets_C]
+            z_C += self.bias_V[targets_C]
         z_C *= self.head.logit_scale
         if self.head.softcap:
             z_C = self.head.softcap * torch.tanh(z_C / self.head.softcap)
@@ -283,14 +293,14 @@ class HeadChunk:
         self.stats = Logp(logp_C, entropy_C, anchor_C + log_C)
         return self.stats
 
-    def _settle(self, tile: Tensor, index: int, final_C: Tensor) -> None:
+    def _settle(self, tile: Tensor, index: int) -> None:
         """Brings a tile whose rows were re-anchored later to the last anchor."""
-        if not torch.equal(self.anchors[index], final_C):
-            factor_C = torch.exp(self.anchors[index] - final_C)
+        if not torch.equal(self.anchors[index], self.final_C):
+            factor_C = torch.exp(self.anchors[index] - self.final_C)
             _C.rescale_tile(
                 tile.data_ptr(), *tile.shape, tile.stride(0), factor_C.data_ptr(), self.threads
             )
-            self.anchors[index] = final_C
+            self.anchors[index] = self.final_C
 
     def _where(
         self,

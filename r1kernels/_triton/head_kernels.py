@@ -456,7 +456,10 @@ def gradient_chunk(
         tuple(x.float() for x in (-gap_C * factor_C, beta_C * factor_C, centre_C)),
         head, False, store_CV, GRADIENT.value, sums, listed, low_CR=low_CR, gemm=gemm,
     )  # fmt: skip
-    return (t_C * scale_C + sums[0]).float()
+    rounding_C = sums[0]
+    if head.shard is not None and store_CV.dtype != torch.float32:
+        rounding_C = head.shard.in_order(rounding_C)
+    return (t_C * scale_C + rounding_C).float()
 
 
 def target_slope(target_logit_C: Tensor, inverse_temperature_C: Tensor, softcap: float) -> Tensor:

@@ -74,11 +74,18 @@ class HeadChunk:
     def block_rows() -> int:
         return 1
 
-    def forward(self, rows, keep: bool) -> Logp:
+    def target_logits(self, rows) -> Tensor:
         self._take(rows)
-        target_C = target_logits(
+        return target_logits(
             self.hidden_CD, self.targets_C, self.temperature_C, self.head, self.low_CR
         )
+
+    def forward(self, rows, keep: bool) -> Logp:
+        target_C = rows.target_logit_T
+        if target_C is None:
+            target_C = self.target_logits(rows)
+        else:
+            self._take(rows)
         anchor_C = target_C.clone()
         if rows.prior_T is not None:
             anchor_C -= rows.prior_T.float().nan_to_num(0.0).clamp(-8.0, 0.0)
@@ -87,18 +94,25 @@ class HeadChunk:
             self.hidden_CD, self.targets_C, self.temperature_C, anchor_C, self.head, self.entropy,
             store_CV, self.low_CR, self.gemm,
         )  # fmt: skip
-        self.sums, self.kept = sums, keep
+        s_C, u_C = sums.s_C, sums.u_C
+        lost_C = s_C - sums.rounded_C if keep else None
+        self.kept, self.unit_C = keep, None
+        if self.head.shard is not None:
+            own_C = anchor_C
+            anchor_C, s_C, u_C, lost_C = self.head.shard.combine(own_C, s_C, u_C, lost_C)
+            # What E, around this rank's anchor, is in units of the common one; at most 1.
+            self.unit_C = (own_C.double() - anchor_C).exp()
+        self.s_C, self.lost_C = s_C, lost_C
         # float64 on [C] numbers: log S must not cancel against the mean where the entropy is small.
         q_C = target_C.double() - anchor_C
         e_C = q_C.exp()
-        s_C = sums.s_C.double()
         self.total_C = s_C + e_C
         log_C = self.total_C.log()
         # log1p keeps the digits of a logp near 0; far from it exp(q) may leave the range.
         logp_C = torch.where(q_C > -100.0, -torch.log1p(s_C / e_C), q_C - log_C)
         entropy_C = None
         if self.entropy:
-            mean_C = (sums.u_C + torch.where(e_C > 0, e_C * q_C, 0.0)) / self.total_C
+            mean_C = (u_C + torch.where(e_C > 0, e_C * q_C, 0.0)) / self.total_C
             entropy_C = (log_C - mean_C).clamp(min=0.0)
         self.stats = Logp(logp_C, entropy_C, anchor_C + log_C)
         if keep and self.skip_mass:
@@ -134,17 +148,18 @@ class HeadChunk:
                 V = len(self.head.weight_VD)
                 kept = KeptTiles.of_rows(~skip_CS, SKIP_TILE, listed, V)
         per_tau_C = inverse_temperature(temperature_C, hidden_CD)
-        total_C, s_C, rounded_C = self.total_C[at], self.sums.s_C[at], self.sums.rounded_C[at]
-        factor_C = (dlogp_C * self.head.logit_scale * per_tau_C / total_C).float()
+        factor_C = dlogp_C * self.head.logit_scale * per_tau_C / self.total_C[at]
+        own_C = (factor_C if self.unit_C is None else factor_C * self.unit_C[at]).float()
+        factor_C = factor_C.float()
         # What rounding took from the stored row is taken from the target too: the row sums to zero.
         slope_C = 1.0
         if self.head.softcap:
             slope_C = target_slope(
                 (self.stats.logp + self.stats.lse)[at], per_tau_C, self.head.softcap
             )
-        target_grad_C = (factor_C * (slope_C * s_C - (s_C - rounded_C))).float()
+        target_grad_C = (factor_C * (slope_C * self.s_C[at] - self.lost_C[at])).float()
         return self._products(
-            hidden_CD, low_CR, targets_C, store_CV, -factor_C, target_grad_C, grads, listed, kept
+            hidden_CD, low_CR, targets_C, store_CV, -own_C, target_grad_C, grads, listed, kept
         )
 
     def backward(

@@ -4,6 +4,8 @@
     add_target_hidden(dhidden_CD, weight_VD, targets_C, coefficient_C)
     add_target_weight(dweight_VD, hidden_TD, targets_T, coefficient_T)
 
+A target of -1 is another vocabulary shard's: its logit is 0 and it adds nothing.
+
 All arithmetic is float32. Memory traffic: 2 T D elements read by the first; T D read and T D
 float32 updated by the second; T D read and a float32 row updated per distinct target by the third.
 """
@@ -29,18 +31,20 @@ def _target_logits_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
+    width = tl.where(target >= 0, D, 0)
     hidden_ptr += row * stride_hidden_c
     weight_ptr += target * stride_weight_v
     products = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        hidden = tl.load(hidden_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-        products += hidden * tl.load(weight_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        mask_d = offs_d < width
+        hidden = tl.load(hidden_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        products += hidden * tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     z = tl.sum(products, axis=0)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + target).to(tl.float32)
+        z += tl.load(bias_ptr + target, mask=width > 0, other=0.0).to(tl.float32)
     if HAS_LOW:
-        z += tl.load(low_logit_ptr + row)
+        z += tl.load(low_logit_ptr + row, mask=width > 0, other=0.0)
     l, _ = transform(z, scale, softcap, tl.load(inverse_temperature_ptr + row), SOFTCAP)
     tl.store(out_ptr + row, l)
 
@@ -92,12 +96,13 @@ def _add_target_hidden_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
+    width = tl.where(target >= 0, D, 0)
     coefficient = tl.load(coefficient_ptr + row)
     dhidden_ptr += row * stride_dhidden_c
     weight_ptr += target * stride_weight_v
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
+        mask_d = offs_d < width
         weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         dhidden = tl.load(dhidden_ptr + offs_d, mask=mask_d, other=0.0)
         tl.store(dhidden_ptr + offs_d, dhidden + coefficient * weight, mask=mask_d)
@@ -131,7 +136,7 @@ def _add_target_weight_kernel(
     sums the whole segment, the others return."""
     first = tl.program_id(0)
     target = tl.load(targets_ptr + first)
-    previous = tl.load(targets_ptr + first - 1, mask=first > 0, other=-1)
+    previous = tl.load(targets_ptr + first - 1, mask=first > 0, other=-1)  # -1: nobody's
     if target != previous:
         end = tl.load(ends_ptr + first).to(tl.int32)
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

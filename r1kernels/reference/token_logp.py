@@ -39,10 +39,9 @@ def token_logp(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     counted = targets != IGNORE
     # Selecting before any arithmetic keeps NaN and inf of ignored rows out of result and gradient.
-    x = torch.where(counted[..., None], logits, 0).to(wide) * logit_scale
-    if softcap:
-        x = softcap * torch.tanh(x / softcap)
-    x = x / (temperature[..., None].to(wide) if isinstance(temperature, Tensor) else temperature)
+    x = torch.where(counted[..., None], logits, 0).to(wide)
+    tau = temperature[..., None].to(wide) if isinstance(temperature, Tensor) else temperature
+    x = transformed(x, tau, softcap, logit_scale)
     lse = torch.logsumexp(x, dim=-1)
     picked = x.gather(-1, torch.where(counted, targets, 0)[..., None]).squeeze(-1)
     zero = torch.zeros((), dtype=wide, device=x.device)
@@ -56,6 +55,16 @@ def token_logp(
         None if h is None else torch.where(counted, h, zero),
         torch.where(counted, lse, zero),
     )
+
+
+def transformed(
+    z: Tensor, temperature: float | Tensor, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """`softcap tanh(logit_scale z / softcap) / temperature`."""
+    x = z * logit_scale
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    return x / temperature
 
 
 def refuses(*_args: object) -> str | None:
@@ -107,11 +116,15 @@ def logit_gradient(
     temperature_T: Tensor | None,
     softcap: float,
     logit_scale: float,
+    whole: Logp | None = None,
 ) -> Tensor:
     """The gradient of `token_logp`, written out; [T, V] float32, 0 in ignored rows.
 
     dl/dlogits times dL/dl_j = dlogp [j = target] - p_j (dlogp - dlse + dentropy (l_j - m)), with
     m = sum_i p_i l_i.
+
+    whole: the statistics of the vocabulary that the logits are a slice of; a target elsewhere is
+        then -1.
     """
     counted = (targets_T != IGNORE)[:, None]
     x = torch.where(counted, logits_TV, 0).float() * logit_scale
@@ -122,15 +135,24 @@ def logit_gradient(
         x = x * softcap
     if temperature_T is not None:
         x, slope = x / temperature_T[:, None], slope / temperature_T[:, None]
-    p = torch.softmax(x, dim=-1)
+    if whole is None:
+        p = torch.softmax(x, dim=-1)
+    else:
+        # The target's logit as lse has it: another product's rounding would be all of 1 - p.
+        at = (targets_T >= 0).nonzero().squeeze(1)
+        x[at, targets_T[at]] = (whole.logp + whole.lse).float()[at]
+        p = torch.exp(x - whole.lse[:, None]).float()
     coefficient = (dlogp_T if dlse_T is None else dlogp_T - dlse_T)[:, None]
     if dentropy_T is not None:
         x = torch.where(x == -torch.inf, 0, x)
-        coefficient = coefficient + dentropy_T[:, None] * (x - (p * x).sum(-1, keepdim=True))
+        if whole is None:
+            mean = (p * x).sum(-1, keepdim=True)
+        else:
+            mean = (whole.lse - whole.entropy).float()[:, None]
+        coefficient = coefficient + dentropy_T[:, None] * (x - mean)
     dx = -p * coefficient
-    dx.scatter_add_(
-        -1, torch.where(targets_T != IGNORE, targets_T, 0)[:, None], dlogp_T.float()[:, None]
-    )
+    here_T = torch.where(targets_T >= 0, dlogp_T, 0).float()
+    dx.scatter_add_(-1, targets_T.clamp(min=0)[:, None], here_T[:, None])
     return torch.where(counted, dx * slope, 0)
 
 
