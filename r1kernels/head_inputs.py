@@ -239,9 +239,7 @@ def check_skip_mass(skip_mass: object, entropy_grad: bool, kept: object, group: 
     if skip_mass and kept is not None:
         raise ValueError("skip_mass does not go with kept: nothing is left to leave out")
     if skip_mass and group is not None:
-        raise ValueError(
-            "skip_mass does not go with group: a slice knows not a row's mass"
-        )
+        raise ValueError("skip_mass does not go with group: no rank has the mass of a whole row")
     if skip_mass and is_batch_invariant():
         raise ValueError("skip_mass does not go with batch_invariant: what is left out varies")
     return float(skip_mass)

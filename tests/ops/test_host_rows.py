@@ -53,7 +53,8 @@ def on_device(*shape, dtype=torch.float32):
 
 
 def options(**more):
-    given = dict.fromkeys(("bias", "lora", "softcap", "prior", "workspace_mb", "weight_grad"))
+    names = "bias", "lora", "softcap", "prior", "workspace_mb", "weight_grad", "group"
+    given = dict.fromkeys(names)
     return given | {"temperature": 1.0, "logit_scale": 1.0} | more
 
 
