@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from r1kernels.check import describe, floating
+from r1kernels.rows import positive
+
 
 def kept_from_logits(
     logits: Tensor,
@@ -27,7 +30,19 @@ def kept_from_logits(
 
     Returns:
         (ids int32 [N], offsets int64 [T + 1]). Waits for the device.
+
+    Raises: TypeError on dtypes; ValueError on a shape or an option out of range, and on a row whose
+        logits are NaN or all -inf.
     """
+    floating("logits", logits)
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be [T, V], got {describe(logits)}")
+    temperature = positive("temperature", temperature)
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be an int of at least 1, or None for all, got {top_k!r}")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
     x = logits.float() / temperature
     if top_k is not None and top_k < x.shape[1]:
         x = x.masked_fill(x < x.topk(top_k).values[:, -1:], -torch.inf)
@@ -40,5 +55,8 @@ def kept_from_logits(
         p = x.softmax(-1)
         x = x.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
     keep = x > -torch.inf
+    empty = (~keep.any(-1)).nonzero().flatten()
+    if len(empty):
+        raise ValueError(f"logits[{int(empty[0])}] keeps no id: it is NaN or all -inf")
     offsets = torch.nn.functional.pad(keep.sum(-1).cumsum(0), (1, 0))
     return keep.nonzero()[:, 1].int(), offsets

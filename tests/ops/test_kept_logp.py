@@ -475,3 +475,21 @@ def test_sets_are_those_of_a_sampler(rules):
     if rules:
         # Row 0 holds ties, all of which top_k keeps.
         assert offsets.diff().min() >= 1 and offsets.diff()[1:].max() < 331
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"logits": torch.zeros(2, 3, 4)}, "logits must be .T, V., got torch.float32 .2, 3, 4."),
+        ({"logits": torch.zeros(2, 4).log()}, "logits.0. keeps no id"),
+        ({"logits": torch.full((2, 4), torch.nan), "min_p": 0.5}, "logits.0. keeps no id"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"top_k": 0}, "top_k must be an int of at least 1, or None"),
+        ({"top_p": 1.5}, "top_p must lie in"),
+        ({"min_p": 2.0}, "min_p must lie in"),
+    ],
+    ids=str,
+)
+def test_rules_that_keep_nothing_are_refused(given, error):
+    with pytest.raises(ValueError, match=error):
+        kept_from_logits(**{"logits": torch.randn(2, 4)} | given)
