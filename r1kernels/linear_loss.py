@@ -47,15 +47,16 @@ def linear_loss(
 
     Args:
         fn: (logp [n] float32, entropy [n] float32 or None, rows [n] int64) -> [n] losses, with rows
-            the indices into the flattened leading shape. Tensors that it closes over get no
-            gradient (with `kept` they do).
+            the indices into the flattened leading shape. Tensors that it closes over would get no
+            gradient, so (except with `kept`) none may require one.
         The rest as `linear_logp`, weight_grad and skip_mass as `linear_policy_loss`; skip_mass not
             together with entropy. Rows with target IGNORE (-100) are never seen by `fn`.
 
     Returns:
         The sum, 0-d float32. Gradients flow to hidden, weight, bias, A and B, once.
 
-    Raises: ValueError when fn returns another shape; otherwise as `linear_logp`.
+    Raises: ValueError when fn returns another shape, or closes over a tensor that requires a
+        gradient; otherwise as `linear_logp`.
     """
     with refusals_told(group):
         call = head_inputs(
@@ -78,6 +79,21 @@ def _per_token(losses: object, like: Tensor) -> Tensor:
             f"fn must return one loss per token, shape {list(like.shape)}, got {describe(losses)}"
         )
     return losses
+
+
+def _closes_over_none(total: Tensor, given: list[Tensor]) -> None:
+    """Raises: ValueError when a leaf of total's graph is none of `given`."""
+    todo, seen = [total.grad_fn], {None}
+    while todo:
+        node = todo.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is x for x in given):
+            raise ValueError(
+                f"fn closes over a tensor that requires a gradient, {describe(leaf)}, and "
+                "linear_loss gives it none: detach it, or make the loss of linear_logp's result"
+            )
+        seen.add(node)
+        todo += [x for x, _ in getattr(node, "next_functions", ()) if x not in seen]
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -104,6 +120,7 @@ class _LinearLoss(torch.autograd.Function):
                 ]
                 losses = fn(given[0], given[1] if entropy else None, index[part])
                 total = _per_token(losses, given[0]).sum(dtype=torch.float64)
+                _closes_over_none(total, given)
                 # A loss that ignores both, or a constant one, has no gradient and is no error.
                 found = (
                     torch.autograd.grad(total, given, allow_unused=True)

@@ -107,3 +107,16 @@ def test_fn_must_return_one_loss_per_token():
             torch.zeros(5, dtype=torch.int64),
             lambda logp, entropy, rows: logp.sum(),
         )
+
+
+def test_fn_closes_over_nothing_that_would_lose_its_gradient():
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(17, 8)
+    targets, value = torch.zeros(5, dtype=torch.int64), torch.randn(5, requires_grad=True)
+
+    def loss(value):
+        return linear_loss(hidden, weight, targets, lambda logp, _, rows: -logp * value[rows])
+
+    with pytest.raises(ValueError, match="fn closes over a tensor that requires a gradient"):
+        loss(2 * value)
+    loss(2 * value.detach()).backward()
+    assert hidden.grad.any()
