@@ -426,8 +426,7 @@ def _second_pass(
 ) -> Tensor | None:
     if not grads.any:
         return None
-    known = None if live is None else beside(live, rows.hidden_TD)
-    active = _active(dlogp_T, dentropy_T, known)
+    active = _active(dlogp_T, dentropy_T, beside(live, rows.hidden_TD))
     rest = grads, workspace_mb, unscaled_dtype(rows.hidden_TD.dtype)
     if active is None:
         return backward(chunk, head, rows, stats, dlogp_T, dentropy_T, None, *rest)

@@ -99,7 +99,7 @@ def linear_policy_loss(
         on_host = all(x is None or x.device.type == "cpu" for x in (targets, mask, weights))
         live_T = live_rows(objective, leading, advantages, cu_seqlens) if on_host else None
         if not on_host:
-            targets, mask = near(targets, hidden), near(mask, hidden)
+            targets, mask = beside(targets, hidden), beside(mask, hidden)
         counted = targets != IGNORE
         if mask is not None:
             check.device("mask", mask, counted.device)
@@ -107,14 +107,14 @@ def linear_policy_loss(
         inputs = prepare(
             objective,
             leading,
-            near(advantages, hidden),
+            beside(advantages, hidden),
             device=hidden.device,
-            logp_old=near(logp_old, hidden),
-            logp_ref=near(logp_ref, hidden),
-            logp_sampler=near(logp_sampler, hidden),
-            mask=near(counted, hidden),
-            weights=near(weights, hidden),
-            cu_seqlens=near(cu_seqlens, hidden),
+            logp_old=beside(logp_old, hidden),
+            logp_ref=beside(logp_ref, hidden),
+            logp_sampler=beside(logp_sampler, hidden),
+            mask=beside(counted, hidden),
+            weights=beside(weights, hidden),
+            cu_seqlens=beside(cu_seqlens, hidden),
             normalizer=normalizer,
             has_entropy=True,
         )
@@ -152,8 +152,3 @@ def linear_policy_loss(
         dict(zip(METRICS, metrics.unbind(), strict=True)),
         dropped_T.detach().view(leading) if skip_mass else None,
     )
-
-
-def near(x: object, like: Tensor) -> object:
-    """A tensor beside `like`; what is none is for the checks to refuse."""
-    return beside(x, like) if isinstance(x, Tensor) else x

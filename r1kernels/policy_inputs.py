@@ -130,7 +130,7 @@ def live_rows(
     None where it knows nothing: advantages or their cu_seqlens on a device, or an objective in
     which an advantage of 0 is not enough. Looks at arguments that `prepare` has yet to check.
     """
-    known = [x for x in (advantages, cu_seqlens) if x is not None]
+    known = [advantages] if cu_seqlens is None else [advantages, cu_seqlens]
     if not all(isinstance(x, Tensor) and x.device.type == "cpu" for x in known):
         return None
     if not isinstance(objective, PolicyObjective) or not objective.idle_without_advantage:

@@ -65,9 +65,9 @@ def positive(name: str, value: object) -> float:
     return float(value)
 
 
-def beside(x: Tensor, like: Tensor) -> Tensor:
-    """x, or a CPU tensor's copy on like's device, for which the host does not wait."""
-    if x.device == like.device or x.device.type != "cpu":
+def beside(x: object, like: Tensor) -> object:
+    """A CPU tensor's copy on like's device, for which the host does not wait; x, if it is none."""
+    if not isinstance(x, Tensor) or x.device == like.device or x.device.type != "cpu":
         return x
     if like.is_cuda and torch.cuda.is_available():
         x = x.pin_memory()

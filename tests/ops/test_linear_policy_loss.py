@@ -325,6 +325,7 @@ def test_runs_repeat_bitwise(backend):
             "logp_ref is required by kl_coef",
         ),
         ({"advantages": torch.ones(2)}, ValueError, "advantages must have shape"),
+        ({"advantages": None}, TypeError, "advantages must be a tensor"),
         ({"logp_old": torch.ones(3)}, ValueError, "logp_old must have shape"),
         ({"normalizer": 0.0}, ValueError, "normalizer must be > 0"),
         ({"mask": torch.ones(1)}, ValueError, r"mask must have shape \[54\]"),
