@@ -121,7 +121,7 @@ def logit_gradient(
     """The gradient of `token_logp`, written out; [T, V] float32, 0 in ignored rows.
 
     dl/dlogits times dL/dl_j = dlogp [j = target] - p_j (dlogp - dlse + dentropy (l_j - m)), with
-    m = sum_i p_i l_i.
+    m = sum_i p_i l_i; l may be log p, which differs from it by a constant of the row.
 
     whole: the statistics of the vocabulary that the logits are a slice of; a target elsewhere is
         then -1.
@@ -136,7 +136,9 @@ def logit_gradient(
     if temperature_T is not None:
         x, slope = x / temperature_T[:, None], slope / temperature_T[:, None]
     if whole is None:
-        p = torch.softmax(x, dim=-1)
+        # The entropy's gradient takes differences of these: logits would cancel where p is near 1.
+        x = torch.log_softmax(x, dim=-1)
+        p = x.exp()
     else:
         # The target's logit as lse has it: another product's rounding would be all of 1 - p.
         at = (targets_T >= 0).nonzero().squeeze(1)
