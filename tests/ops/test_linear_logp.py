@@ -419,5 +419,8 @@ def test_reference_gradcheck(options):
 
 
 def test_backend_by_name_or_an_error():
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="no CUDA C\\+\\+ kernel"):
+    with (
+        use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r"cuda: (no CUDA|tensor is on cpu)"),
+    ):
         linear_logp(torch.zeros(1, 8), torch.zeros(17, 8), torch.zeros(1, dtype=torch.int64))
