@@ -149,12 +149,14 @@ def selective_log_softmax(
 
     Args:
         logits: [..., V] float32, bfloat16 or float16.
-        index: [...] or [..., K] int64 in [0, V).
+        index: [...] or [..., K] integers in [0, V).
         temperature: > 0.
         row_mask: like index: 0 where the result is 0 and has no gradient.
 
     Raises: as `token_logp`.
     """
+    # TRL's own takes int32 too, which no gather does.
+    index = index.long()
     if index.ndim < logits.ndim:
         targets = index if row_mask is None else index.masked_fill(row_mask == 0, IGNORE)
         return token_logp(logits, targets, temperature=temperature).logp
@@ -177,6 +179,7 @@ def selective_log_softmax_and_entropy(
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(`selective_log_softmax`, entropy) in one pass; index is [...], masked rows give 0 twice."""
+    index = index.long()
     targets = index if row_mask is None else index.masked_fill(row_mask == 0, IGNORE)
     out = token_logp(logits, targets, temperature=temperature, entropy=True)
     return out.logp, out.entropy if entropy_requires_grad else out.entropy.detach()

@@ -182,6 +182,8 @@ def test_selective_log_softmax(dtype, masked, K):
     ours = run(dropin.selective_log_softmax, logits)
     for name, *three in zip(("logp", "dlogits"), ours, theirs, truth, strict=True):
         assert_no_worse(*three, name=name)
+    # TRL's GPU kernel takes int32.
+    assert dropin.selective_log_softmax(logits, index.int(), 0.8, mask).equal(ours[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
