@@ -36,20 +36,27 @@ def load(package: str, module: str, name: str):
 def _trl(problem: dict, mode: str) -> Callable:
     """TRL's chunked log-probabilities as its trainer calls them, and its clipped loss."""
     ChunkedLogProbFunction = load("trl", "trl.kernels", "ChunkedLogProbFunction")
+    kept_T = streams(problem, mode)[2] > 0
+    # On a GPU its trainer scores the rows of the mask alone, elsewhere every row.
+    compact = kept_T.is_cuda
 
     def logp_and_entropy(hidden_TD, weight_VD, with_entropy):
         outputs = ("entropy",) if with_entropy else ()
-        return ChunkedLogProbFunction.apply(
-            hidden_TD,
+        found = ChunkedLogProbFunction.apply(
+            hidden_TD[kept_T] if compact else hidden_TD,
             weight_VD,
             None,
-            problem["targets"],
+            problem["targets"][kept_T] if compact else problem["targets"],
             1.0,
             TRL_CHUNK,
             None,
             1.0,
             outputs,
         )[:2]
+        if not compact:
+            return found
+        return tuple(x if x is None else x.new_zeros(kept_T.shape).masked_scatter(kept_T, x)
+                     for x in found)  # fmt: skip
 
     return from_logp(problem, mode, logp_and_entropy)
 
