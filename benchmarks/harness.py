@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,18 +184,21 @@ def machine(threads: int) -> dict:
 def commit() -> str:
     """The checkout's commit, with "+" when tracked files differ from it.
 
-    Outside a checkout "sources-" and a hash of the packages' files, which tells one tree's.
+    Without one, or without git, "sources-" and a hash of the packages' files, which tells one
+    tree's.
     """
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
+
+    def git(*args: str) -> subprocess.CompletedProcess:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    head = git("rev-parse", "--short=12", "HEAD") if shutil.which("git") else None
+    if head is None or head.returncode:
         files = sorted(f for part in ("r1kernels", "csrc") for f in (ROOT / part).rglob("*"))
         sources = (".py", ".cpp", ".hpp", ".cu", ".cuh")
         whole = b"".join(f.read_bytes() for f in files if f.suffix in sources)
         return "sources-" + hashlib.sha256(whole).hexdigest()[:12]
-    changed = subprocess.run(
-        [*git, "diff", "--quiet", "HEAD", "--", "r1kernels", "csrc", "r1"], check=False
-    )
+    changed = git("diff", "--quiet", "HEAD", "--", "r1kernels", "csrc", "r1")
     return head.stdout.strip() + ("+" if changed.returncode else "")
 
 

@@ -4,11 +4,12 @@ Nothing here is a measurement.
 """
 
 import json
+import re
 
 import pytest
 
+from benchmarks import harness, report, run
 from benchmarks import problem as problems
-from benchmarks import report, run
 from benchmarks.cpu_suite import percentile, verdict
 from benchmarks.problem import MODES
 from benchmarks.providers import Provider, Result, find
@@ -239,3 +240,8 @@ def test_rl_verdict():
     assert "not move" in rl_suite.verdict([step | {"moved": False}])
     assert "127 completions" in rl_suite.verdict([step | {"completions": 127}])
     assert "49 tokens" in rl_suite.verdict([step | {"longest": 49}])
+
+
+def test_commit_is_a_hash_of_the_sources_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert re.fullmatch("sources-[0-9a-f]{12}", harness.commit())
