@@ -137,6 +137,8 @@ class GpuWorker:
             with poisoned_memory() if poison else contextlib.nullcontext():
                 result, peak = self.meter.peak(run)
             gradients = [g for g in result[1:] if g is not None and g.ndim == 2]
+            # A provider that restores its input writes the gradient there: no memory of this run.
+            gradients = [] if hasattr(run, "before") else gradients
             grad_mib = sum(g.numel() * g.element_size() for g in gradients) / MIB
             out = {"peak_mib": max(0.0, peak - grad_mib), "grad_mib": grad_mib, "errors": {}}
             if not found.is_floor:
