@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.harness import Worker, WorkerError
 
 START_TIMEOUT = 150.0
-TURN_TIMEOUT = 120.0
+TURN_TIMEOUT = 75.0
 
 
 class OutOfTime(Exception):

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Everything on a machine with an NVIDIA GPU, in one call, from the source tree; nothing is installed.
 #
-#   tools/gpu_session.sh DIR [minutes of the benchmark] [more options of it, --full say]
+#   tools/gpu_session.sh DIR [minutes in all, 9.5] [more options of the benchmark, --full say]
 #
+# The benchmark gets the minutes that build and tests leave; what it measured until then is written.
 # DIR gets build.log, tests.log, the rows as <gpu>.jsonl, workers.log and summary.txt.
 # PEERS=FOLDER  pure-Python wheels or unpacked packages of other libraries (liger-kernel, trl,
 #               cut-cross-entropy), used where they import.
@@ -11,9 +12,10 @@
 # TEST_SECONDS  limit of the tests (180); 0 leaves them out.
 set -u
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { sed -n '2,12p' tools/gpu_session.sh; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,13p' tools/gpu_session.sh; exit 2; }
 out=$1
-minutes=${2:-8}
+minutes=${2:-9.5}
+started=$(date +%s)
 [ $# -ge 2 ] && shift 2 || shift 1
 python=${PYTHON:-python3}
 mkdir -p "$out"
@@ -28,7 +30,9 @@ if [ -n "${PEERS:-}" ]; then
     PYTHONPATH="$peers:$PEERS${PYTHONPATH:+:$PYTHONPATH}"
 fi
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONPATH
+# A call that is cut off keeps what was said until then.
+PYTHONUNBUFFERED=1
+export PYTHONPATH PYTHONUNBUFFERED
 
 nvidia-smi >"$out/build.log" 2>&1
 timeout 240 "$python" setup.py build_ext --inplace >>"$out/build.log" 2>&1
@@ -43,7 +47,8 @@ if [ "${TEST_SECONDS:-180}" != 0 ]; then
     tests="exit status $?"
 fi
 
-"$python" -m benchmarks.run --suite gpu --minutes "$minutes" --out "$out" \
+left=$(awk "BEGIN {m = $minutes - ($(date +%s) - $started) / 60; print (m > 0.2 ? m : 0.2)}")
+"$python" -m benchmarks.run --suite gpu --minutes "$left" --out "$out" \
     ${COMMIT:+--commit "$COMMIT"} "$@" >"$out/summary.txt" 2>&1
 suite=$?
 
