@@ -10,7 +10,8 @@ from torch import Tensor
 from r1kernels import shards
 from r1kernels.backend import implementation, is_batch_invariant
 from r1kernels.check import describe, device, dtype_in, local, shape
-from r1kernels.chunked_head import Head, HeadChunk, Rows, chunk_rows
+from r1kernels.chunked_head import chunk_rows
+from r1kernels.head_contract import Head, HeadChunk, Rows
 from r1kernels.rows import (
     DTYPES,
     beside,

@@ -13,7 +13,7 @@ from r1kernels.check import (
     no_second_derivative,
     values_readable,
 )
-from r1kernels.chunked_head import Head, Rows
+from r1kernels.head_contract import Head, Rows
 from r1kernels.head_inputs import HeadInputs, split
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import beside, counted_rows, ragged_rows

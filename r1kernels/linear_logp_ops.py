@@ -6,7 +6,7 @@ from torch import Tensor
 from r1kernels import chunked_head, head_inputs
 from r1kernels.backend import isolated
 from r1kernels.check import no_second_derivative
-from r1kernels.chunked_head import Gradients
+from r1kernels.head_contract import Gradients
 from r1kernels.head_inputs import HeadInputs, split
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import spread

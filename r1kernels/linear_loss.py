@@ -9,8 +9,8 @@ from torch.distributed import ProcessGroup
 from r1kernels import chunked_head
 from r1kernels.backend import isolated
 from r1kernels.check import IGNORE, describe
-from r1kernels.chunked_head import Gradients
 from r1kernels.forward_gradients import keep, upstream
+from r1kernels.head_contract import Gradients
 from r1kernels.head_inputs import HeadInputs, check_skip_mass, gradients, head_inputs, split
 from r1kernels.kept_logp import kept_logp
 from r1kernels.reference.token_logp import Logp

@@ -6,8 +6,9 @@ from torch import Tensor
 from r1kernels import chunked_head, head_inputs
 from r1kernels.backend import isolated
 from r1kernels.check import IGNORE
-from r1kernels.chunked_head import Gradients, unscaled_dtype
+from r1kernels.chunked_head import unscaled_dtype
 from r1kernels.forward_gradients import keep, upstream
+from r1kernels.head_contract import Gradients
 from r1kernels.head_inputs import split
 from r1kernels.objective import PolicyObjective
 from r1kernels.policy_inputs import PolicyInputs

@@ -14,7 +14,7 @@ FAR = 2.0**100
 
 
 class PaddedChunk:
-    """A `chunked_head.HeadChunk` that hands another one multiples of `block` rows.
+    """A `head_contract.HeadChunk` that hands another one multiples of `block` rows.
 
     Padding rows are zeros with coefficient 0, so they add nothing to a gradient.
     """

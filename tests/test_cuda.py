@@ -136,7 +136,7 @@ def test_gemm_takes_the_kernel_s_place(monkeypatch):
     pytest.importorskip("triton", reason="needs Triton")
     from r1kernels._triton import head_kernels as kernels
     from r1kernels._triton import linear_logp as triton_head
-    from r1kernels.chunked_head import Gradients, Head, Rows
+    from r1kernels.head_contract import Gradients, Head, Rows
 
     calls = []
 

@@ -13,7 +13,7 @@ LAYERS = {
     "r1kernels": [
         "check backend",
         "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
-        "shards",
+        "shards head_contract",
         "chunked_head",
         "_native _triton _cuda",
         "head_inputs forward_gradients linear_logp_ops linear_policy_loss_ops kept_logp",

@@ -68,7 +68,7 @@ def gemm(
 
 
 class HeadChunk(triton_head.HeadChunk):
-    """See `r1kernels.chunked_head.HeadChunk`."""
+    """See `r1kernels.head_contract.HeadChunk`."""
 
     gemm = staticmethod(gemm)
 

@@ -51,7 +51,7 @@ def refuses(
 
 
 class HeadChunk:
-    """See `r1kernels.chunked_head.HeadChunk`."""
+    """See `r1kernels.head_contract.HeadChunk`."""
 
     skip_mass = 0.0
 

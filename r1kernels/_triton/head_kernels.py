@@ -14,7 +14,7 @@ the derivation.
 With a low-rank term of the head, low_CR and head.lora_VR are a second pair of operands, whose width
 is a multiple of RANK_BLOCK, for a second short loop into the same tile.
 
-head is a `chunked_head.Head`; temperature_C is float32 or None; targets are int64 in [0, V). Every
+head is a `head_contract.Head`; temperature_C is float32 or None; targets are int64 in [0, V). Every
 [C] result is float32.
 
 Memory traffic of a chunk: hidden C D and weight V D once per pass of GEMM tiles (tiles of one
@@ -44,7 +44,7 @@ from r1kernels._triton.head_tiles import (
     split,
     tile_place,
 )
-from r1kernels.chunked_head import Head
+from r1kernels.head_contract import Head
 
 BLOCK_REDUCE = 32
 # Every BLOCK_D divides it.

@@ -44,7 +44,7 @@ SLICE_V = 8192
 
 
 class HeadChunk:
-    """See `r1kernels.chunked_head.HeadChunk`."""
+    """See `r1kernels.head_contract.HeadChunk`."""
 
     every_row = False
     skip_mass = 0.0

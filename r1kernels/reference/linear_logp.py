@@ -51,7 +51,7 @@ def refuses(*_args: object) -> str | None:
 
 
 class HeadChunk:
-    """See `r1kernels.chunked_head.HeadChunk`; logits are kept whole."""
+    """See `r1kernels.head_contract.HeadChunk`; logits are kept whole."""
 
     skip_mass = 0.0
 

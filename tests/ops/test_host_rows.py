@@ -20,7 +20,7 @@ from r1kernels import (
     use_backend,
 )
 from r1kernels.backend import load
-from r1kernels.chunked_head import Rows
+from r1kernels.head_contract import Rows
 from r1kernels.head_inputs import head_inputs
 from r1kernels.linear_logp_ops import linear_logp_bwd, linear_logp_fwd
 from r1kernels.linear_policy_loss_ops import linear_policy_loss_fwd

@@ -3,7 +3,7 @@ import torch
 
 from r1kernels import linear_loss
 from r1kernels.check import IGNORE
-from r1kernels.chunked_head import Gradients
+from r1kernels.head_contract import Gradients
 from tests.numerics import assert_no_worse, relative_error
 from tests.ops.head_cases import eager, leaves, make
 

@@ -9,7 +9,7 @@ from r1kernels import (
     linear_loss,
     linear_policy_loss,
 )
-from r1kernels.chunked_head import Gradients
+from r1kernels.head_contract import Gradients
 from tests.numerics import assert_no_worse, relative_error, relative_l2
 from tests.ops.head_cases import DTYPES, eager, gradients, make, shape_for, supported
 

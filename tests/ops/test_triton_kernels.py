@@ -14,7 +14,7 @@ from r1kernels._triton import linear_logp as triton_head
 from r1kernels._triton import token_logp as triton_token
 from r1kernels._triton.common import INTERPRETED, RowList, architecture
 from r1kernels.backend import use_backend
-from r1kernels.chunked_head import Gradients, Head, Rows
+from r1kernels.head_contract import Gradients, Head, Rows
 from r1kernels.reference.linear_logp import linear_logp as reference_linear
 from r1kernels.reference.token_logp import token_logp as reference_token
 
