@@ -14,7 +14,7 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    temperature: float | Tensor = 1.0,
+    temperature: float | Tensor | None = 1.0,
     reduction: str | None = "none",
     dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -25,23 +25,25 @@ def linear_cross_entropy(
     Args:
         hidden: [..., D] float32, bfloat16 or float16.
         weight: [V, D], dtype and device of hidden.
-        labels: [...] int64 in [0, V); -100 gives 0.
-        temperature: a number, or one for each token, [...] or [T]; > 0.
-        reduction: "none", or "sum" or "mean" of the log-probabilities, 0-d. The entropy stays [T].
+        labels: [...] or [T] int64 in [0, V); -100 gives 0.
+        temperature: a number, or one for each token, [...] or [T]; > 0. None is 1.
+        reduction: "none" or None, or "sum" or "mean" of the log-probabilities, 0-d; the entropy
+            stays [T].
         dist_process_group: a group of one process or None: the head is not sharded here.
 
     Raises: ValueError on another reduction or a group of several; otherwise as `linear_logp`.
     """
+    reduction = "none" if reduction is None else reduction
     choice("reduction", reduction, ("none", "sum", "mean"))
     if dist_process_group is not None and dist_process_group.size() > 1:
         raise ValueError(
             "dist_process_group must be None or have one process: a vocabulary that is sharded "
             f"over {dist_process_group.size()} is left to verl's own function"
         )
-    out = _head(hidden, weight, labels, temperature)
-    logp_T = out.logp.flatten()
+    temperature = 1.0 if temperature is None else temperature
+    logp_T, entropy_T, _ = _head(hidden.flatten(0, -2), weight, labels.flatten(), temperature)
     reduced = {"none": logp_T, "sum": logp_T.sum(), "mean": logp_T.mean()}[reduction]
-    return reduced, out.entropy.flatten()
+    return reduced, entropy_T
 
 
 class FusedLinearForPPO(torch.nn.Module):
@@ -84,5 +86,10 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor) -> Logp:
     if isinstance(temperature, Tensor):
         one = temperature.numel() == 1
+        if not one and temperature.numel() != labels.numel():
+            raise ValueError(
+                f"temperature must be one number or one for each of {labels.numel()} labels, "
+                f"got {list(temperature.shape)}"
+            )
         temperature = temperature.expand(labels.shape) if one else temperature.view(labels.shape)
     return linear_logp(hidden, weight, labels, temperature=temperature, entropy=True)

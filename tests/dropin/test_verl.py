@@ -75,6 +75,13 @@ def test_reductions(reduction):
     assert torch.equal(ours, by_hand)
 
 
+def test_flat_labels_and_none_mean_the_defaults():
+    hidden, weight, targets, _ = make((3, 11), 24, 501, torch.float32)
+    found = dropin.linear_cross_entropy(hidden, weight, targets.flatten(), None, None)
+    plain = dropin.linear_cross_entropy(hidden, weight, targets)
+    assert all(map(torch.equal, found, plain))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_linear_for_ppo(dtype):
     inputs = make((3, 11), 24, 501, DTYPES[dtype])
@@ -112,6 +119,8 @@ def test_what_has_no_counterpart_is_refused():
         dropin.linear_cross_entropy(hidden, weight, targets, 1.0, "batchmean")
     with pytest.raises(ValueError, match="impl_backend"):
         dropin.FusedLinearForPPO(impl_backend="cute")
+    with pytest.raises(ValueError, match=r"temperature must be one number .* 5 labels, got \[2\]"):
+        dropin.FusedLinearForPPO()(hidden, weight, targets, torch.ones(2))
     alone, several = (SimpleNamespace(size=lambda n=n: n) for n in (1, 2))
     dropin.linear_cross_entropy(hidden, weight, targets, 1.0, "none", alone)
     with pytest.raises(ValueError, match="dist_process_group"):
