@@ -3,17 +3,10 @@
 import torch
 from torch import Tensor
 
+from r1kernels._native.common import CODES, address, extension
 from r1kernels._native.linear_logp import refuses
-from r1kernels._native.token_logp import CODES, _address
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import gradient_terms, ragged_rows
-
-try:
-    from r1kernels import _C
-except ImportError as error:
-    raise ImportError(
-        f"the C++ extension is not built ({error}); `pip install .` with a C++ compiler builds it"
-    ) from error
 
 __all__ = ["bwd", "fwd", "refuses"]
 
@@ -26,9 +19,9 @@ def fwd(head, rows, kept: tuple[Tensor, Tensor], entropy: bool) -> tuple[Tensor,
     logp_T, entropy_T, lse_T = exact_3T
     logits_M = torch.empty(len(kept[0]) + count)
     bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
-    _C.kept_forward(
+    extension.kept_forward(
         **given,
-        bias=_address(bias_V),
+        bias=address(bias_V),
         entropy=entropy,
         logits=logits_M.data_ptr(),
         logp=logp_T.data_ptr(),
@@ -55,12 +48,12 @@ def bwd(
     dlogits_M = torch.empty_like(logits_M)
     to_hidden, to_weight, to_bias = dtypes
     dhidden_TD = None if to_hidden is None else torch.empty(hidden_TD.shape, dtype=to_hidden)
-    _C.kept_backward(
+    extension.kept_backward(
         **given,
         logits=logits_M.data_ptr(),
-        **{name: _address(x) for name, x in terms.items()},
+        **{name: address(x) for name, x in terms.items()},
         dlogits=dlogits_M.data_ptr(),
-        dhidden=_address(dhidden_TD),
+        dhidden=address(dhidden_TD),
     )
     dweight_VD = None if to_weight is None else torch.zeros(weight_VD.shape, dtype=to_weight)
     dbias_V = None if to_bias is None else torch.zeros(len(weight_VD))
@@ -71,7 +64,7 @@ def bwd(
         found, counts = sorted_M.unique_consecutive(return_counts=True)
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         none = int((found < 0).sum())
-        _C.kept_weight(
+        extension.kept_weight(
             hidden=given["hidden"],
             dtype=given["dtype"],
             segments=len(found) - none,
@@ -82,9 +75,9 @@ def bwd(
             rows=rows_M.data_ptr(),
             ids=found[none:].data_ptr(),
             dlogits=dlogits_M.data_ptr(),
-            dweight=_address(dweight_VD),
+            dweight=address(dweight_VD),
             weight_dtype=CODES[torch.float32 if to_weight is None else to_weight],
-            dbias=_address(dbias_V),
+            dbias=address(dbias_V),
             threads=given["threads"],
         )
     return [dhidden_TD, dweight_VD, None if dbias_V is None else dbias_V.to(to_bias)]
@@ -110,7 +103,7 @@ def _where(head, rows, kept: tuple[Tensor, Tensor]) -> tuple[dict, tuple]:
         "targets": targets_T.data_ptr(),
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,
-        "temperature": _address(temperature_T),
+        "temperature": address(temperature_T),
         "threads": torch.get_num_threads(),
     }
     return given, (hidden_TD, weight_VD, ids_N, offsets, targets_T, temperature_T)

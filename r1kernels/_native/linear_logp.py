@@ -13,16 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1kernels._native.common import address, extension, refusal
 from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import SKIP_TILE, gradient_terms, left_out
-
-try:
-    from r1kernels import _C
-except ImportError as error:
-    raise ImportError(
-        f"the C++ extension is not built ({error}); `pip install .` with a C++ compiler builds it"
-    ) from error
 
 # 2048 columns of 1024 rows are 8 MiB, still in the last-level cache when the row work reads them.
 TILE_V = SKIP_TILE
@@ -31,7 +25,6 @@ TILE_V = SKIP_TILE
 ALIGN = 64
 # What exp_tile leaves in a tile (`Store` in csrc/cpu/kernels.hpp)
 NOTHING, EXP, LOGIT = 0, 1, 2
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuses(
@@ -41,13 +34,9 @@ def refuses(
     *_args: object,
 ) -> str | None:
     """Why these tensors cannot be taken, or None."""
-    if hidden is None:
-        return None
     if lora_VR is not None and is_batch_invariant():
         return "no low-rank term under batch_invariant"
-    if hidden.device.type != "cpu":
-        return f"tensor is on {hidden.device.type}"
-    return None if hidden.dtype in DTYPES else f"dtype {hidden.dtype}"
+    return refusal(hidden)
 
 
 class HeadChunk:
@@ -109,13 +98,13 @@ class HeadChunk:
         for first, last in self.edges:
             before = (sum_C.clone(), anchor_C.clone()) if keep and self.skip_mass else None
             tile = self._logits(first, last, self._slice(first, last), keep)
-            _C.exp_tile(
+            extension.exp_tile(
                 **self._where(tile, first, last, self.targets_C, self.temperature_C),
                 store=self.store if keep else NOTHING,
                 entropy=self.entropy,
                 anchor=anchor_C.data_ptr(),
                 sum=sum_C.data_ptr(),
-                weighted=_address(weighted_C),
+                weighted=address(weighted_C),
             )
             if keep and self.store == EXP:
                 self.anchors.append(anchor_C.clone())
@@ -178,8 +167,8 @@ class HeadChunk:
             if self.store == LOGIT:
                 temperature_K, terms_K = part(temperature_C), {k: part(x) for k, x in terms.items()}
                 where = self._where(tile, first, end, targets_K, temperature_K)
-                _C.grad_tile(
-                    **where, transformed=True, **{k: _address(x) for k, x in terms_K.items()}
+                extension.grad_tile(
+                    **where, transformed=True, **{k: address(x) for k, x in terms_K.items()}
                 )
             else:
                 at = ((targets_K >= first) & (targets_K < end)).nonzero().squeeze(1)
@@ -210,10 +199,10 @@ class HeadChunk:
         for first, last in self.edges:
             weight_SD = self._slice(first, last)
             tile = self._logits(first, last, weight_SD, False)
-            _C.grad_tile(
+            extension.grad_tile(
                 **self._where(tile, first, last, self.targets_C, self.temperature_C),
                 transformed=False,
-                **{name: _address(x) for name, x in terms.items()},
+                **{name: address(x) for name, x in terms.items()},
             )
             self._accumulate(tile, weight_SD, right, None, first, last, out, grads)
         dhidden_CD, dlow_CR = out
@@ -297,7 +286,7 @@ class HeadChunk:
         """Brings a tile whose rows were re-anchored later to the last anchor."""
         if not torch.equal(self.anchors[index], self.final_C):
             factor_C = torch.exp(self.anchors[index] - self.final_C)
-            _C.rescale_tile(
+            extension.rescale_tile(
                 tile.data_ptr(), *tile.shape, tile.stride(0), factor_C.data_ptr(), self.threads
             )
             self.anchors[index] = self.final_C
@@ -318,11 +307,11 @@ class HeadChunk:
             "cols": last - first,
             "ld": tile.stride(0),
             "first_column": first,
-            "bias": _address(bias_V),
+            "bias": address(bias_V),
             "targets": targets_C.data_ptr(),
             "logit_scale": self.head.logit_scale,
             "softcap": self.head.softcap,
-            "temperature": _address(temperature_C),
+            "temperature": address(temperature_C),
             "threads": self.threads,
         }
 
@@ -389,7 +378,3 @@ def _check_rows_alike(rows: int, block: int, columns: int, width: int, threads: 
                 f"batch_invariant: this machine's products of {rows} rows with a matrix of "
                 f"{columns} x {width} on {threads} threads do not treat all rows alike"
             )
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

@@ -4,26 +4,14 @@ write backward."""
 import torch
 from torch import Tensor
 
+from r1kernels._native.common import CODES, address, extension, refusal
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import gradient_terms
-
-try:
-    from r1kernels import _C
-except ImportError as error:
-    raise ImportError(
-        f"the C++ extension is not built ({error}); `pip install .` with a C++ compiler builds it"
-    ) from error
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def refuses(logits: Tensor | None = None, *_args: object) -> str | None:
     """Why these logits cannot be taken, or None."""
-    if logits is None:
-        return None
-    if logits.device.type != "cpu":
-        return f"tensor is on {logits.device.type}"
-    return None if logits.dtype in CODES else f"dtype {logits.dtype}"
+    return refusal(logits)
 
 
 def fwd(
@@ -39,7 +27,7 @@ def fwd(
     count = len(targets_T)
     logp_T, lse_T = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
     entropy_T = torch.empty(count, dtype=torch.float64) if entropy else None
-    _C.token_forward(
+    extension.token_forward(
         logits=logits_TV.data_ptr(),
         dtype=CODES[logits_TV.dtype],
         rows=count,
@@ -48,10 +36,10 @@ def fwd(
         targets=targets_T.data_ptr(),
         logit_scale=logit_scale,
         softcap=softcap,
-        temperature=_address(temperature_T),
+        temperature=address(temperature_T),
         entropy=entropy,
         logp=logp_T.data_ptr(),
-        entropy_out=_address(entropy_T),
+        entropy_out=address(entropy_T),
         lse=lse_T.data_ptr(),
         threads=torch.get_num_threads(),
     )
@@ -77,7 +65,7 @@ def bwd(
     inplace = inplace and source_TV is logits_TV
     dlogits_TV = source_TV if inplace else torch.empty(source_TV.shape, dtype=source_TV.dtype)
     terms = gradient_terms(Logp(logp_T, entropy_T, lse_T), dlogp_T, dentropy_T, dlse_T)
-    _C.token_backward(
+    extension.token_backward(
         logits=source_TV.data_ptr(),
         grad=dlogits_TV.data_ptr(),
         dtype=CODES[source_TV.dtype],
@@ -88,8 +76,8 @@ def bwd(
         targets=targets_T.data_ptr(),
         logit_scale=logit_scale,
         softcap=softcap,
-        temperature=_address(temperature_T),
-        **{name: _address(x) for name, x in terms.items()},
+        temperature=address(temperature_T),
+        **{name: address(x) for name, x in terms.items()},
         threads=torch.get_num_threads(),
     )
     return dlogits_TV
@@ -98,7 +86,3 @@ def bwd(
 def _rows(logits_TV: Tensor) -> Tensor:
     """Rows may be any distance apart; the elements of a row must be neighbours."""
     return logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
