@@ -174,13 +174,13 @@ def test_gemm_takes_the_kernel_s_place(monkeypatch):
         dhidden = chunk.gradients(None, upstream[0].clone(), None, grads, False)
         again = chunk.backward(rows, stats, upstream[0].clone(), upstream[1].clone(), None, grads)
         found.append([*stats, dhidden, again, grads.weight_VD])
-    assert calls == [1, 2] or len(set(calls)) == 2
+    assert calls == [kernels.STORE.value, kernels.GRADIENT.value]
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["head", "tails", "one_row", "repeat", "rows", "fused_rows"])
+@pytest.mark.parametrize("case", ["head", "tails", "one_row", "repeat", "rows", "fused_rows", "bad_rows"])
 def test_on_a_gpu(case):
     """In a process of its own, so that a kernel that hangs costs no more than its time-out."""
     reason = backend.refusal("linear_logp", "cuda")

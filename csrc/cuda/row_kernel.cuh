@@ -15,6 +15,7 @@ constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
 // Parts of a slice, each with a barrier: work begins when the first is there.
 constexpr int kRowParts = 4;
 constexpr int kBackwardUnits = 4;  // 16-byte units of a thread of row_backward_kernel
+constexpr int64_t kIgnore = -100;  // r1kernels.check.IGNORE
 
 // Blocks of row_backward_kernel for a row.
 R1K_HD int64_t row_blocks(int64_t vocab, int per_unit) {
@@ -27,7 +28,9 @@ struct RowArgs {
   const void* logits;  // [rows, vocab]
   void* out;           // dlogits; may be logits
   int64_t rows, vocab, stride, out_stride;
-  const int64_t* targets;  // [rows]; a negative one: the row is not read, its results are 0
+  // [rows]. kIgnore: the row is not read, its results are 0. Outside [0, vocab): they are NaN, as
+  // with a temperature that is not positive and finite.
+  const int64_t* targets;
   const float* per_tau;
   float scale, softcap;
   int entropy;
@@ -106,6 +109,14 @@ struct RowShared {
   float anchor, alpha, beta, at_target;
 };
 
+// 1 / temperature; NaN, which reaches every result, where the row has no result.
+R1K_DEVICE float per_tau_of(const RowArgs& args, int64_t row) {
+  const int64_t target = args.targets[row];
+  const float per_tau = args.per_tau[row];
+  const bool good = target >= 0 && target < args.vocab && per_tau > 0.0f && per_tau < INFINITY;
+  return good ? per_tau : NAN;
+}
+
 // dL/dz of one logit: exp(l - anchor) (alpha + beta (l - anchor)), the slope and scale included.
 template <bool kSoftcap>
 R1K_DEVICE float row_gradient(float z, const RowArgs& args, float per_tau, float per_softcap,
@@ -131,8 +142,8 @@ row_forward_kernel(const RowArgs args) {
   // The last block also has the logits that fill no unit, one to a thread.
   const int64_t odd = rank == ranks - 1 && thread < args.vocab % kPer ? units * kPer + thread : -1;
 
-  const int64_t target = args.targets[row];
-  if (target < 0) {  // the same in the whole cluster
+  const int64_t given = args.targets[row];
+  if (given == kIgnore) {  // the same in the whole cluster
     if (kWrite) {
       for (int i = thread; i < count; i += kRowThreads)
         reinterpret_cast<uint4*>(out)[from + i] = uint4{0, 0, 0, 0};
@@ -163,7 +174,8 @@ row_forward_kernel(const RowArgs args) {
     }
   }
   // Read by every block before the first cluster barrier, written by its owner only after that.
-  const float z_target = T::load(source, target), per_tau = args.per_tau[row];
+  const int64_t target = given >= 0 && given < args.vocab ? given : 0;
+  const float z_target = T::load(source, target), per_tau = per_tau_of(args, row);
   const float z_odd = odd >= 0 ? T::load(source, odd) : -INFINITY;
   ptx::sync_block();
 
@@ -306,21 +318,21 @@ row_backward_kernel(const RowArgs args) {
   const bool last = ptx::block_index() % blocks == blocks - 1;
   const int64_t odd =
       last && ptx::thread_index() < args.vocab % kPer ? units * kPer + ptx::thread_index() : -1;
-  if (target < 0) {
+  if (target == kIgnore) {
 #pragma unroll
     for (int i = 0; i < kBackwardUnits; ++i) {
       const int64_t unit = first + i * kRowThreads;
       if (unit < units) reinterpret_cast<uint4*>(out)[unit] = uint4{0, 0, 0, 0};
     }
   }
-  const float per_tau = args.per_tau[row], anchor = args.anchor[row], alpha = args.alpha[row];
-  const float beta = args.beta[row], at_target = args.at_target[row];
+  const float per_tau = per_tau_of(args, row), anchor = args.anchor[row];
+  const float alpha = args.alpha[row], beta = args.beta[row], at_target = args.at_target[row];
   const float per_softcap = kSoftcap ? ptx::divide(1.0f, args.softcap) : 0.0f;
   auto gradient = [&](float z, int64_t column) {
     if (column == target) return at_target;
     return row_gradient<kSoftcap>(z, args, per_tau, per_softcap, anchor, alpha, beta);
   };
-  if (target >= 0) {
+  if (target != kIgnore) {
     uint4 unit[kBackwardUnits];
 #pragma unroll
     for (int i = 0; i < kBackwardUnits; ++i) {
@@ -339,7 +351,7 @@ row_backward_kernel(const RowArgs args) {
     }
   }
   if (odd >= 0)
-    T::store(out, odd, target < 0 ? 0.0f : gradient(T::load(source, odd), odd));
+    T::store(out, odd, target == kIgnore ? 0.0f : gradient(T::load(source, odd), odd));
 }
 
 }  // namespace r1k

@@ -28,5 +28,11 @@ struct Worst {
     share = INFINITY;
     std::printf("%s %.9g, not %.9g\n", what, found, truth);
   }
+  void undefined(const char* what, double found) {
+    ++checked;
+    if (std::isnan(found)) return;
+    share = INFINITY;
+    std::printf("%s %.9g, not NaN\n", what, found);
+  }
   int verdict() const { return checked > 0 && share <= 1 ? 0 : 1; }
 };

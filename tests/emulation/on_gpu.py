@@ -110,8 +110,21 @@ def fused_rows():
     torch.testing.assert_close(together.float(), apart.float(), rtol=0.01, atol=1e-6)
 
 
+def bad_rows():
+    logits = torch.randn(6, 5000, device=DEVICE).bfloat16().requires_grad_()
+    targets = torch.tensor([3, 5000, -1, -100, 5, 6], device=DEVICE)
+    temperature = torch.tensor([1.0, 1.0, 1.0, -1.0, 0.0, 0.5], device=DEVICE)
+    with use_backend("cuda"):
+        out = token_logp(logits, targets, temperature=temperature, entropy=True)
+        (grad,) = torch.autograd.grad(sum(x.sum() for x in out), logits)
+    bad = torch.tensor([False, True, True, False, True, False], device=DEVICE)
+    for x in (*out, grad):
+        assert x[bad].isnan().all() and x[~bad].isfinite().all()
+    assert not out.logp[3] and not grad[3].any()
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cases = {f.__name__: f for f in (head, tails, one_row, repeat, rows, fused_rows)}
+    cases = {f.__name__: f for f in (head, tails, one_row, repeat, rows, fused_rows, bad_rows)}
     cases[sys.argv[1]]()
     torch.cuda.synchronize()

@@ -7,7 +7,7 @@ using namespace r1k;
 
 template <class T, bool kSoftcap>
 int run(bool write, int V, int ranks) {
-  constexpr int kRows = 5, kBytes = 16 / T::kPerUnit;
+  constexpr int kRows = 7, kBytes = 16 / T::kPerUnit;
   Random random;
   const int stride = (V + 15) / 16 * 16;
   const double step = T::kPerUnit == 4 ? 0x1p-22 : std::is_same_v<T, Half> ? 0x1p-10 : 0x1p-7;
@@ -18,12 +18,12 @@ int run(bool write, int V, int ranks) {
   std::vector<float> per_tau(kRows), dlogp(kRows), dentropy(kRows), dlse(kRows);
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < V; ++v) T::store(logits + r * stride * kBytes, v, 3 * random.normal());
-    targets[r] = r == 0 ? V - 1 : r == 3 ? -100 : random.below(V);
+    targets[r] = r == 0 ? V - 1 : r == 3 ? -100 : r == 5 ? V : random.below(V);
     if (r == 1 && V > 40)
       for (int v = 0; v < V / 2; ++v)
         if (v != targets[r]) T::store(logits + r * stride * kBytes, v, -INFINITY);
     if (r == 4) T::store(logits + r * stride * kBytes, targets[r], 40.0f);
-    per_tau[r] = 0.5f + random.uniform();
+    per_tau[r] = r == 6 ? -1.0f : 0.5f + random.uniform();
     dlogp[r] = random.normal(), dentropy[r] = random.normal(), dlse[r] = random.normal();
   }
   std::vector<double> logp(kRows, NAN), entropy(kRows, NAN), lse(kRows, NAN);
@@ -48,6 +48,13 @@ int run(bool write, int V, int ranks) {
     if (targets[r] < 0) {
       worst.exact("ignored", logp[r], 0), worst.exact("ignored", entropy[r], 0);
       worst.exact("ignored", lse[r], 0);
+      continue;
+    }
+    if (r >= 5) {
+      worst.undefined("logp", logp[r]), worst.undefined("entropy", entropy[r]);
+      worst.undefined("lse", lse[r]);
+      truth[r].assign(V, NAN);
+      anchor[r] = alpha[r] = beta[r] = at_target[r] = NAN;
       continue;
     }
     std::vector<double> l(V), slope(V);
@@ -85,9 +92,13 @@ int run(bool write, int V, int ranks) {
   }
   auto compare = [&](const char* what, const char* found) {
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < V; ++v)
-        worst.add(what, T::load(found + r * stride * kBytes, v), truth[r][v],
-                  step * std::fabs(truth[r][v]) + 4e-6);
+      for (int v = 0; v < V; ++v) {
+        const double x = T::load(found + r * stride * kBytes, v), z = truth[r][v];
+        if (std::isnan(z))
+          worst.undefined(what, x);
+        else
+          worst.add(what, x, z, step * std::fabs(z) + 4e-6);
+      }
   };
   if (write) compare("dlogits in place", logits);
   args.logits = before.data(), args.out = out;
