@@ -156,7 +156,8 @@ def builds(arch: int) -> Iterator[Build]:
             blocks = token.tile(dtype, flags["SOFTCAP"])
             # Rows cut alike in logits and gradient, as they are unless their strides differ
             same, other = ("bwd", {"SAME_CUT": True}), ("bwd", {"SAME_CUT": False})
-            for kernel, more in (("fwd", {}), same, *[other] * (not aligned)):
+            forward, uncut = ("fwd", {"CUT": True}), ("fwd", {"CUT": False})
+            for kernel, more in (forward, same, *[uncut, other] * (not aligned)):
                 constants = {**blocks, **flags, **more}
                 yield Build(
                     token.__name__,

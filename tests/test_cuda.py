@@ -180,7 +180,9 @@ def test_gemm_takes_the_kernel_s_place(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["head", "tails", "one_row", "repeat", "rows", "fused_rows", "bad_rows"])
+@pytest.mark.parametrize(
+    "case", ["head", "tails", "one_row", "repeat", "rows", "fused_rows", "bad_rows"]
+)
 def test_on_a_gpu(case):
     """In a process of its own, so that a kernel that hangs costs no more than its time-out."""
     reason = backend.refusal("linear_logp", "cuda")

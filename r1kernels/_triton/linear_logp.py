@@ -24,7 +24,7 @@ from r1kernels._triton.common import (
     inverse_temperature,
 )
 from r1kernels._triton.counted_kernels import KeptTiles, add_hidden_rows, add_weight_rows
-from r1kernels._triton.head_configs import COUNTED, is_aligned, launch_config
+from r1kernels._triton.head_configs import ALIGNMENT, COUNTED, is_aligned, launch_config
 from r1kernels._triton.head_kernels import (
     RANK_BLOCK,
     forward_chunk,
@@ -179,9 +179,15 @@ class HeadChunk:
 
     def _take(self, rows) -> None:
         hidden_CD = rows.hidden_TD
-        # The distance of rows decides whether the aligned tiles may run.
-        as_is = hidden_CD.stride(1) == 1 and not is_batch_invariant()
-        self.hidden_CD = hidden_CD if as_is else hidden_CD.contiguous()
+        # Where rows start decides whether the aligned tiles may run. A row alone is contiguous
+        # whatever its stride says; an expanded one has a stride that no descriptor takes.
+        width, start = hidden_CD.shape[1], hidden_CD.data_ptr() % ALIGNMENT
+        as_is = hidden_CD.stride(1) == 1 and hidden_CD.stride(0) >= width
+        if is_batch_invariant():
+            as_is = hidden_CD.stride() == (width, 1) and not start
+        if not as_is:
+            hidden_CD = hidden_CD.clone(memory_format=torch.contiguous_format)
+        self.hidden_CD = hidden_CD
         low_CR = self.head.low(self.hidden_CD)
         self.low_CR = None if low_CR is None else _pad(low_CR.to(hidden_CD.dtype))
         self.targets_C = rows.targets_T.contiguous()

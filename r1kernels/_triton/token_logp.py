@@ -13,7 +13,8 @@ logp = -log1p(s / e) keeps its relative precision near 1.
 
 Both kernels cut a row at its first 16-byte boundary: whole blocks from there take neither masks nor
 unaligned loads, whatever V and the row stride are, and what is left at both ends is one short
-gather. Exponentials are base 2: with y the logit before the temperature and k its factor times
+gather; under `batch_invariant` a row of odd length is not cut, and its loads are slower.
+Exponentials are base 2: with y the logit before the temperature and k its factor times
 log2 e, exp(l - c) = 2^(k (y - c')); the difference comes first, as it loses nothing near the top.
 
 Rows whose target is IGNORE are not read: their outputs and gradients are 0. A target outside
@@ -37,6 +38,7 @@ from r1kernels._triton.common import (
     inverse_temperature,
     tanh,
 )
+from r1kernels.backend import is_batch_invariant
 from r1kernels.check import IGNORE as _IGNORE
 
 IGNORE = tl.constexpr(_IGNORE)
@@ -58,10 +60,12 @@ def tile(dtype: torch.dtype, softcap: float) -> dict[str, int]:
 
 
 @triton.jit
-def _cut(base, V, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Of a row that starts at element `base`: elements before a 16-byte boundary, whole blocks
-    after it, and the places within a block."""
-    head = tl.minimum((VECTOR - base % VECTOR) % VECTOR, V).to(tl.int32)
+def _cut(
+    base, V, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, CUT: tl.constexpr
+):
+    """Of a row that starts at element `base`: elements before a 16-byte boundary (with CUT), whole
+    blocks after them, and the places within a block."""
+    head = tl.minimum((VECTOR - base % VECTOR) % VECTOR if CUT else 0, V).to(tl.int32)
     blocks = (V - head) // (LOADS * LANES * VECTOR)
     return head, blocks, tl.arange(0, LOADS * LANES * VECTOR)
 
@@ -103,7 +107,7 @@ def _fold(
     return new, s, u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_logits_t"])
 def _token_logp_fwd_kernel(
     logits_ptr,
     targets_ptr,
@@ -119,6 +123,7 @@ def _token_logp_fwd_kernel(
     VECTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    CUT: tl.constexpr,
 ):
     BLOCK_V: tl.constexpr = LOADS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
@@ -131,8 +136,8 @@ def _token_logp_fwd_kernel(
             tl.store(sums_ptr + plane * T, 0.0)
     else:
         base = row * stride_logits_t
-        head, blocks, place = _cut(base, V, LOADS, LANES, VECTOR)
-        body_ptrs = logits_ptr + _boundary(base, VECTOR) + place
+        head, blocks, place = _cut(base, V, LOADS, LANES, VECTOR, CUT)
+        body_ptrs = logits_ptr + (_boundary(base, VECTOR) if CUT else base) + place
         logits_ptr += base
         per_tau = tl.load(inverse_temperature_ptr + row)
         good = in_range & (per_tau > 0.0) & (per_tau < float("inf"))
@@ -186,9 +191,13 @@ def fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(logp, entropy or None, lse), each [T] float64: exponentials and a lane's sums are float32,
     the row's sums and what follows from them float64."""
-    if logits_TV.stride(1) != 1:
-        logits_TV = logits_TV.contiguous()
     T, V = logits_TV.shape
+    blocks = tile(logits_TV.dtype, softcap)
+    # Where a row is cut decides the order of its sums, and must not depend on the row's place.
+    cut = not (is_batch_invariant() and V % blocks["VECTOR"])
+    apart = logits_TV.stride(0) * logits_TV.itemsize | logits_TV.data_ptr()
+    if logits_TV.stride(1) != 1 or (is_batch_invariant() and cut and apart % 16):
+        logits_TV = logits_TV.clone(memory_format=torch.contiguous_format)
     sums_4T = logits_TV.new_empty((4, T), dtype=torch.float64)
     if T > 0:
         _token_logp_fwd_kernel[(T,)](
@@ -201,9 +210,10 @@ def fwd(
             logits_TV.stride(0),
             logit_scale,
             softcap,
-            **tile(logits_TV.dtype, softcap),
+            **blocks,
             SOFTCAP=bool(softcap),
             ENTROPY=entropy,
+            CUT=cut,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
@@ -254,7 +264,7 @@ def _token_logp_bwd_kernel(
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     base = row * stride_logits_t
-    head, blocks, place = _cut(base, V, LOADS, LANES, VECTOR)
+    head, blocks, place = _cut(base, V, LOADS, LANES, VECTOR, True)
     # Of the rest of the row, which may take two parts
     offs = (part - blocks) * BLOCK_V + place
     rest = V - blocks * BLOCK_V

@@ -13,7 +13,7 @@ from r1kernels._triton import counted_kernels, head_configs, head_kernels, targe
 from r1kernels._triton import linear_logp as triton_head
 from r1kernels._triton import token_logp as triton_token
 from r1kernels._triton.common import INTERPRETED, RowList, architecture
-from r1kernels.backend import use_backend
+from r1kernels.backend import batch_invariant, use_backend
 from r1kernels.head_contract import Gradients, Head, Rows
 from r1kernels.reference.linear_logp import linear_logp as reference_linear
 from r1kernels.reference.token_logp import token_logp as reference_token
@@ -182,6 +182,20 @@ def test_paths_and_chunks_agree_bitwise():
     assert torch.equal(plain.lse, kept.lse)
     assert torch.equal(plain.entropy, kept.entropy)
     assert torch.equal(plain.logp[20:29], alone.logp)
+
+
+def test_a_row_alone_takes_the_tiles_of_all(monkeypatch):
+    monkeypatch.setitem(head_configs.CHOICE, ARCH, "tma" if "tma" in VARIANTS else "pointers")
+    wide, weight, targets, _ = problem(33, 1031, 65, DTYPES[-1])
+    # Rows 65 apart start nowhere in particular, but one of them counts as contiguous.
+    hidden, weight = exact(wide)[:, :64], exact(weight)[:, :64].contiguous()
+    with batch_invariant():
+        whole, rows, _ = chunk_of(hidden, weight, targets)
+        truth = whole.forward(rows, keep=False)
+        for at in (slice(row, row + 1) for row in (0, 16, 32)):
+            chunk, rows, _ = chunk_of(hidden[at], weight, targets[at])
+            for x, z in zip(chunk.forward(rows, keep=False), truth, strict=True):
+                assert torch.equal(x, z[at])
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0], ids=["plain", "softcap"])
@@ -492,6 +506,20 @@ def test_token_logp_cuts_rows_anywhere(V, shift):
         found.append([*out, *torch.autograd.grad(total, leaf)])
     for x, z in zip(*found, strict=True):
         assert (x - z).abs().max() <= 2e-6 * z.abs().max() + (x.dtype == torch.half) * 2e-3
+
+
+@pytest.mark.parametrize("V", [1031, 1032])
+def test_token_logp_sums_a_row_alike_wherever_it_lies(V):
+    wide = (3 * torch.randn(9, V + 8, device=DEVICE)).half()
+    targets = torch.randint(0, V, (9,), device=DEVICE)
+    with batch_invariant():
+        shifted = torch.cat([wide.flatten()[:3], wide[:, :V].flatten()])[3:].view(9, V)
+        whole = triton_token.fwd(wide[:, :V].contiguous(), targets, None, 0.0, 1.0, True)
+        for rows in (wide[:, :V], wide[4:, :V], wide[3:, :V].contiguous(), shifted[8:]):
+            at = slice(9 - len(rows), 9)
+            found = triton_token.fwd(rows, targets[at], None, 0.0, 1.0, True)
+            for x, z in zip(found, whole, strict=True):
+                assert torch.equal(x, z[at])
 
 
 def test_token_logp_rows_beyond_the_range_of_int32():
