@@ -60,7 +60,6 @@ def linear_logp(
         weight_grad: [V, D] float32, contiguous, such as a float32 `weight.grad` or Megatron's
             `main_grad`: the backward adds the weight's gradient to it, unrounded and without a
             buffer of its own, and autograd gives weight none.
-
         group: the ranks that hold the vocabulary in slices, in rank order, each of one row or more.
             weight, bias and B are then this rank's slices (weight and bias may be DTensors with
             Shard(0) over the group), and every rank calls with the same hidden, targets (of the

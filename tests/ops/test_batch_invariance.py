@@ -173,6 +173,46 @@ def test_rows_of_linear_loss(problem):
             assert torch.equal(run(count), whole[:count])
 
 
+def test_rows_of_a_sequence_objective_alone_and_in_several_chunks(problem):
+    """One pass would do for few rows; it takes p from other sums than a second pass does."""
+    objective = PolicyObjective(ratio_level="sequence", aggregation="token_mean")
+    each = problem.T // 3
+
+    def run(count: int) -> torch.Tensor:
+        hidden = problem.hidden[:count].requires_grad_()
+        loss = linear_policy_loss(
+            hidden,
+            problem.weight,
+            problem.targets[:count],
+            problem.g[0, :count],
+            objective,
+            cu_seqlens=torch.arange(0, count + 1, each),
+            normalizer=7.0,
+            workspace_mb=1,
+        ).loss
+        return torch.autograd.grad(loss, hidden)[0]
+
+    with batch_invariant():
+        assert torch.equal(run(each), run(3 * each)[:each])
+
+
+@pytest.mark.parametrize("bias", [0.0, 88.7])
+def test_padding_rows_add_nothing(bias):
+    """exp(88.7) is past float32, and their coefficient of 0 would make that NaN."""
+    pytest.importorskip("r1kernels._C")
+    hidden, weight = torch.randn(5, 8), (0.01 * torch.randn(50, 8)).requires_grad_()
+    with use_backend("native"), batch_invariant():
+        out = linear_logp(
+            hidden, weight, torch.arange(5), bias=torch.full((50,), bias), entropy=True
+        )
+        (found,) = torch.autograd.grad(out.logp.sum() + out.entropy.sum(), weight)
+    logps = torch.log_softmax(hidden.double() @ weight.double().T, -1)
+    entropy = -(logps.exp() * logps).sum()
+    (truth,) = torch.autograd.grad(logps.diagonal().sum() + entropy, weight)
+    # The bias leaves logits of 16 bits after the point.
+    assert (found - truth).abs().max() < 1e-4 * truth.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows(dtype):
     pytest.importorskip("r1kernels._C")
