@@ -85,7 +85,8 @@ def test_the_emulation_notices_a_broken_kernel(tmp_path, name):
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "head_kernel.cuh").write_text(text.replace(line, instead))
     program = build(EMULATION / "head.cpp", tmp_path / "head", tmp_path)
-    assert run(program, (0, 0, 0, 300, 300, 512, 1, 1), 20)[0] != 0
+    # Its threads may happen to run in the right order, on a busy machine above all.
+    assert any(run(program, (0, 0, 0, 300, 300, 512, 1, 1), 20)[0] != 0 for _ in range(5))
 
 
 @pytest.mark.slow
