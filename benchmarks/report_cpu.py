@@ -220,6 +220,8 @@ def plot(rows: list[dict], folder: Path) -> dict[str, Path]:
             )
             axes.set_ylabel("time / bare GEMMs (log scale)")
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
             axes.set_title(
                 f"Linear head on a CPU, {_shape(key)}; dashed: the bare GEMMs", fontsize=10
             )
