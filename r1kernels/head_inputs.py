@@ -65,9 +65,10 @@ class HeadInputs(NamedTuple):
             None if x is None else x.to(self.hidden_TD.dtype)
             for x in (self.weight_VD, self.lora_VR)
         )
-        run = implementation(
-            "linear_logp", self.hidden_TD.device.type, self.hidden_TD, weight_VD, lora_VR
-        )
+        with shards.refusals_told(self.group):
+            run = implementation(
+                "linear_logp", self.hidden_TD.device.type, self.hidden_TD, weight_VD, lora_VR
+            )
         head = Head(
             weight_VD,
             self.bias_V,

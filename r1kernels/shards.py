@@ -108,11 +108,16 @@ def _local(name: str, x: object, group: "dist.ProcessGroup") -> object:
 
 
 @contextmanager
-def refusals_told(group: object) -> Iterator[None]:
-    """What this rank refuses within the block is an error on the other ranks, not a long wait."""
+def refusals_told(group: "dist.ProcessGroup | str | object") -> Iterator[None]:
+    """What this rank refuses within the block is an error on the other ranks, not a long wait.
+
+    RuntimeError too: a backend asked for by name may refuse one rank's slice alone.
+    """
     try:
         yield
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
+        if isinstance(group, str):
+            group = dist.distributed_c10d._resolve_process_group(group) if group else None
         if isinstance(group, dist.ProcessGroup) and group.size() > 1:
             _gather(torch.zeros(HEADER, dtype=torch.int64, device=_device(group)), group)
         raise

@@ -24,6 +24,7 @@ from r1kernels import (
     PolicyObjective,
     backend,
     batch_invariant,
+    head_inputs,
     linear_logp,
     linear_loss,
     linear_policy_loss,
@@ -299,6 +300,15 @@ class Rank:
         hidden, weight = torch.randn(4, 8), torch.randn(5, 8)
         targets, last = torch.tensor([0, 3, 9, 1]), self.rank == self.ranks - 1
         torch.manual_seed(self.rank)
+
+        def plain() -> None:
+            linear_logp(hidden, weight, targets, group=self.group)
+
+        def no_backend() -> None:
+            error = RuntimeError("no backend runs linear_logp")
+            with mock.patch.object(head_inputs, "implementation", side_effect=error):
+                plain()
+
         calls = {
             "width": lambda: linear_logp(
                 hidden, weight[:, :7] if last else weight, targets, group=self.group
@@ -322,6 +332,7 @@ class Rank:
                 hidden, weight, targets + 5 * self.ranks, group=self.group
             ),
             "type": lambda: linear_logp(hidden, weight, targets, group="0"),
+            "backend": no_backend if last else plain,
         }
         found = {name: refusal(fn) for name, fn in calls.items()}
         out = linear_logp(hidden, weight, targets, group=self.group)

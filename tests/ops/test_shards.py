@@ -145,6 +145,7 @@ def test_split_by_dtensor(ranks):
         ("gradients", "ValueError: group: dtype, options or backend must be the same", None),
         ("targets", "ValueError: group: per-token tensors must be the same", None),
         ("range", "a target lies in [0, {vocab})", None),
+        ("backend", "RuntimeError: no backend runs linear_logp", REFUSED),
         ("type", "TypeError: group must be a torch.distributed.ProcessGroup", None),
     ],
 )
