@@ -250,6 +250,9 @@ class Suite:
             one.times.clear()
             one.status = "missing" if error.missing else "failed"
             one.reason = str(error)
+            # A smaller cell may fit.
+            if error.missing and one.reason.startswith("out of memory"):
+                return
             # A crash counts whatever it says; for the rest, the same words twice will not change.
             same = one.status == status and (status == "failed" or reason == one.reason)
             self.refusals[spec] = (one.status, one.reason, times + 1 if same else 1)

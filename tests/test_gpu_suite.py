@@ -187,15 +187,15 @@ def test_summary_names_our_best_and_the_best_peer(finished):
 class FakePool:
     """Answers at once, and fails as it is told to."""
 
-    def __init__(self, left):
-        self.deadline = time.monotonic() + left
+    def __init__(self, left, eager_says="no entropy"):
+        self.deadline, self.eager_says = time.monotonic() + left, eager_says
         self.turns = []
 
     def ask(self, family, request):
         if request["do"] == "turn":
             self.turns.append(request["provider"])
             if request["provider"] == "eager":
-                raise WorkerError("out of memory", True)
+                raise WorkerError(self.eager_says, True)
             if request["provider"] == "trl":
                 raise WorkerError("CUDA error: an illegal memory access", False)
             return {"ms": [1.0, 2.0], "peak_mib": 1.0, "grad_mib": 1.0, "errors": {"logp": 1e-7}}
@@ -259,6 +259,16 @@ def test_what_fails_twice_the_same_way_is_not_asked_a_third_time(tmp_path):
     statuses = {row["provider"]: row["status"] for row in rows}
     assert statuses["eager"] == "missing" and statuses["trl"] == "failed"
     assert statuses["triton"] == "ok"
+
+
+def test_out_of_memory_is_asked_again_where_less_is_needed(tmp_path):
+    rows: list = []
+    suite = suite_on(FakePool(1e6, "out of memory: CUDA out of memory"), tmp_path, rows)
+    cell = gpu_plan.head_cell(2048, gpu_plan.LLAMA, "forward", ("eager",))
+    for _ in range(3):
+        suite.cell(gpu_suite.chosen(cell, "cuda", None))
+    assert suite.pool.turns.count("eager") == 3
+    assert {row["status"] for row in rows if row["provider"] == "eager"} == {"missing"}
 
 
 def test_plan_starts_with_the_published_head_and_names_real_providers():
