@@ -346,3 +346,28 @@ def test_bad_input(change, error, match):
     given |= problem.streams | change
     with pytest.raises(error, match=match):
         linear_policy_loss(problem.hidden, problem.weight, **given)
+
+
+def test_token_of_weight_zero_does_not_exist(backend):
+    hidden, weight = torch.randn(6, 8), torch.randn(17, 8).requires_grad_()
+    hidden[2] = torch.nan
+    weights = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0])
+    targets, advantages = torch.arange(6), torch.randn(6)
+    found = []
+    for rows in (torch.arange(6), torch.tensor([0, 1, 3, 4, 5])):
+        given = hidden[rows].requires_grad_()
+        out = linear_policy_loss(
+            given,
+            weight,
+            targets[rows],
+            advantages[rows],
+            PolicyObjective(),
+            weights=weights[rows],
+            normalizer=6.0,
+        )
+        found.append((out.loss, *torch.autograd.grad(out.loss, (weight, given))))
+        assert out.metrics["tokens"] == 5
+        assert len(rows) == 5 or out.logp[2] == 0
+    assert not found[0][2][2].any()
+    for with_it, without in zip(found[0][:2], found[1][:2], strict=True):
+        torch.testing.assert_close(with_it, without)
