@@ -17,8 +17,8 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
 Encode encoder() {
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                         cudaEnableDefault, &found),
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
+                                         &found),
         "cudaGetDriverEntryPointByVersion");
   if (found != cudaDriverEntryPointSuccess || entry == nullptr)
     throw std::runtime_error("cudaGetDriverEntryPointByVersion: no cuTensorMapEncodeTiled");
@@ -49,22 +49,23 @@ void launch(const HeadProblem& p, int device, cudaStream_t stream) {
   const CUtensorMap weight =
       tensor_map(encode, p.weight, p.V, p.D, p.weight_stride, HeadShape::kTileV / p.cluster);
   auto ceil = [](int a, int b) { return (a + b - 1) / b; };
-  HeadArgs args = {static_cast<const int64_t*>(p.targets),
-                   static_cast<const float*>(p.anchor),
-                   static_cast<const float*>(p.per_tau),
-                   static_cast<const float*>(p.bias),
-                   static_cast<const float*>(p.alpha),
-                   static_cast<const float*>(p.beta),
-                   static_cast<const float*>(p.centre),
-                   static_cast<uint16_t*>(p.out),
-                   static_cast<float*>(p.partial),
-                   p.C,
-                   p.V,
-                   ceil(p.D, HeadShape::kTileD),
-                   p.columns,
-                   p.scale,
-                   p.softcap,
-                   {ceil(p.C, HeadShape::kTileC * p.cluster), ceil(p.V, HeadShape::kTileV), p.group}};
+  HeadArgs args = {
+      static_cast<const int64_t*>(p.targets),
+      static_cast<const float*>(p.anchor),
+      static_cast<const float*>(p.per_tau),
+      static_cast<const float*>(p.bias),
+      static_cast<const float*>(p.alpha),
+      static_cast<const float*>(p.beta),
+      static_cast<const float*>(p.centre),
+      static_cast<uint16_t*>(p.out),
+      static_cast<float*>(p.partial),
+      p.C,
+      p.V,
+      ceil(p.D, HeadShape::kTileD),
+      p.columns,
+      p.scale,
+      p.softcap,
+      {ceil(p.C, HeadShape::kTileC * p.cluster), ceil(p.V, HeadShape::kTileV), p.group}};
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");

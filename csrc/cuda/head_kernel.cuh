@@ -2,9 +2,9 @@
 // that of _head_kernel in r1kernels/_triton/head_kernels.py. bfloat16 operands, float32 sums.
 //
 // A persistent block: warpgroup 0 feeds, warpgroups 1 and 2 consume in ping-pong: each takes every
-// other tile whole, so that the epilogue of one runs beside the products of the other. Blocks of a cluster (1 or 2)
-// work on row tiles next to each other against the same vocabulary tile; each loads its share of
-// that tile and multicasts it.
+// other tile whole, so that the epilogue of one runs beside the products of the other. Blocks of a
+// cluster (1 or 2) work on row tiles next to each other against the same vocabulary tile; each
+// loads its share of that tile and multicasts it.
 //
 // Why no barrier is passed too early, and none hangs. A block counts its k-blocks over all its
 // tiles: iteration t uses stage t % kStages, and is that stage's use n = t / kStages. A wait names
@@ -15,12 +15,12 @@
 //     n - 1, on which the consumers of every block arrive, and these have seen full[s] phase n - 1
 //     of their block: bytes of use n never count on phase n - 1. They may come before the local
 //     arrival, but the phase stays open until that.
-//   empty[s], phase n: the warps of the consumer in each block, after their products of use n are done. The
-//     producer's wait before use n is for phase n - 1 (none before use 0: parity 1 of a new barrier
+//   empty[s], phase n: the warps of the consumer in each block, after their products of use n are
+//     done. The producer's wait before use n is for phase n - 1 (none before use 0: parity 1 of a new barrier
 //     counts as complete). Phase n cannot complete before use n is filled, so the barrier is
 //     in phase n - 1 or n.
 //   A consumer waits for full[s] phase n. It cannot be in phase n + 2: that would need its own
-//     release of use n + 1. It is not in phase n - 1 if all waits of earlier iterations are over.
+//     release of use n. It is not in phase n - 1 if all waits of earlier iterations are over.
 //     The tile before is the other consumer's: order[w] has a phase per tile of consumer w but
 //     the block's first, completed by one arrival per warp of the other consumer after the last
 //     full-wait of its tile.
@@ -160,7 +160,8 @@ R1K_DEVICE void epilogue(float (&acc)[HeadShape::kTileV / 2], int first_row, int
           ptx::pin(z);
           const float x = kSoftcap ? z : ptx::mul(z, args.scale);
           const float d = ptx::fma(x, terms.per_tau, -terms.anchor);
-          // No inf is ever stored; a row that meets the limit is redone, so its sum may have it too.
+          // No inf is ever stored; a row that meets the limit is redone, so its sum may have it
+          // too.
           const float exact = exponential(d);
           const float e = kMode == kStore ? fminf(exact, kStoreLimit) : exact;
           if (kMode != kGradient) {
@@ -210,7 +211,8 @@ template <int kMode, bool kSoftcap, bool kEntropy>
 R1K_KERNEL(kHeadThreads)
 head_kernel(const R1K_GRID_CONSTANT ptx::TensorMap hidden,
             const R1K_GRID_CONSTANT ptx::TensorMap weight, const HeadArgs args) {
-  constexpr int kStages = HeadShape::kStages, kBlocksC = HeadShape::kBlocksC, kTileV = HeadShape::kTileV;
+  constexpr int kStages = HeadShape::kStages, kBlocksC = HeadShape::kBlocksC,
+                kTileV = HeadShape::kTileV;
   const uint32_t shared = (ptx::shared_address(ptx::shared_pointer()) + 1023) & ~1023u;
   const uint32_t barriers = shared + kStages * HeadShape::kStageBytes;
   auto full = [&](int stage) { return barriers + 8 * stage; };
@@ -227,7 +229,8 @@ head_kernel(const R1K_GRID_CONSTANT ptx::TensorMap hidden,
       ptx::barrier_init(full(stage), 1);
       ptx::barrier_init(empty(stage), HeadShape::kWarps * ranks);
     }
-    for (int consumer = 0; consumer < 2; ++consumer) ptx::barrier_init(order(consumer), HeadShape::kWarps);
+    for (int consumer = 0; consumer < 2; ++consumer)
+      ptx::barrier_init(order(consumer), HeadShape::kWarps);
     ptx::fence_barrier_init();
     ptx::prefetch(hidden);
     ptx::prefetch(weight);

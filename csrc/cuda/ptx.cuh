@@ -49,9 +49,7 @@ R1K_DEVICE uint32_t cluster_size() {
   return size;
 }
 // Every thread of every block of the cluster; shared-memory writes before it are seen after it.
-R1K_DEVICE void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
+R1K_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 R1K_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 R1K_DEVICE uint32_t at_rank(uint32_t address, uint32_t rank) {
@@ -93,8 +91,7 @@ R1K_DEVICE void arrive(uint32_t barrier) {
 // On the barrier of another block of the cluster. For readers: it orders no memory of this block
 // for the other (a release at cluster scope would be a fence of the whole GPU).
 R1K_DEVICE void arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
-                   at_rank(barrier, rank))
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(at_rank(barrier, rank))
                : "memory");
 }
 R1K_DEVICE void arrive_expect(uint32_t barrier, uint32_t bytes) {
@@ -126,8 +123,8 @@ R1K_DEVICE void prefetch(const TensorMap& map) {
 // Contiguous bytes; addresses and count are multiples of 16.
 R1K_DEVICE void load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
@@ -143,9 +140,7 @@ R1K_DEVICE void grow_registers() {
 
 // Registers written before are seen by the products issued after.
 R1K_DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-R1K_DEVICE void products_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+R1K_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // All but the last `kPending` committed groups are done.
 template <int kPending>
 R1K_DEVICE void products_wait() {

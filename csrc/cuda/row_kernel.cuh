@@ -134,8 +134,7 @@ row_forward_kernel(const RowArgs args) {
   constexpr int kPer = T::kPerUnit;
   const int rank = ptx::cluster_rank(), ranks = ptx::cluster_size(), thread = ptx::thread_index();
   const int64_t row = ptx::block_index() / ranks;
-  const char* source =
-      static_cast<const char*>(args.logits) + row * args.stride * (16 / kPer);
+  const char* source = static_cast<const char*>(args.logits) + row * args.stride * (16 / kPer);
   char* out = static_cast<char*>(args.out) + row * args.out_stride * (16 / kPer);
   const int64_t units = args.vocab / kPer, from = slice_begin(units, rank, ranks);
   const int count = static_cast<int>(slice_begin(units, rank + 1, ranks) - from);
@@ -276,9 +275,10 @@ row_forward_kernel(const RowArgs args) {
       shared.beta = static_cast<float>(-factor * h);
       double at_target = -g * expm1(logp) + z * p;
       if (h != 0.0) at_target -= h * p * (fmax(logp, -1e4) + entropy);
-      const float slope = kSoftcap ? slope_of(capped<true>(z_target, args.scale, args.softcap,
-                                                           per_softcap), per_softcap)
-                                   : 1.0f;
+      const float slope =
+          kSoftcap
+              ? slope_of(capped<true>(z_target, args.scale, args.softcap, per_softcap), per_softcap)
+              : 1.0f;
       shared.at_target = static_cast<float>(at_target * args.scale * per_tau * slope);
     }
   }
@@ -288,9 +288,9 @@ row_forward_kernel(const RowArgs args) {
     ptx::sync_block();
     const float anchor = shared.anchor, alpha = shared.alpha, beta = shared.beta;
     auto gradient = [&](float z, int64_t column) {
-      return column == target ? shared.at_target
-                              : row_gradient<kSoftcap>(z, args, per_tau, per_softcap, anchor, alpha,
-                                                       beta);
+      return column == target
+                 ? shared.at_target
+                 : row_gradient<kSoftcap>(z, args, per_tau, per_softcap, anchor, alpha, beta);
     };
     for (int i = thread; i < count; i += kRowThreads) {
       T::unpack(slice[i], x);
@@ -310,8 +310,7 @@ row_backward_kernel(const RowArgs args) {
   const int64_t units = args.vocab / kPer, blocks = row_blocks(args.vocab, kPer);
   const int64_t row = ptx::block_index() / blocks;
   const int64_t first = ptx::block_index() % blocks * kSpan + ptx::thread_index();
-  const char* source =
-      static_cast<const char*>(args.logits) + row * args.stride * (16 / kPer);
+  const char* source = static_cast<const char*>(args.logits) + row * args.stride * (16 / kPer);
   char* out = static_cast<char*>(args.out) + row * args.out_stride * (16 / kPer);
   const int64_t target = args.targets[row];
   // The last block also has the logits that fill no unit, one to a thread.
@@ -350,8 +349,7 @@ row_backward_kernel(const RowArgs args) {
       reinterpret_cast<uint4*>(out)[at] = T::pack(x);
     }
   }
-  if (odd >= 0)
-    T::store(out, odd, target == kIgnore ? 0.0f : gradient(T::load(source, odd), odd));
+  if (odd >= 0) T::store(out, odd, target == kIgnore ? 0.0f : gradient(T::load(source, odd), odd));
 }
 
 }  // namespace r1k

@@ -11,7 +11,8 @@ constexpr float kLowest = -3.0e38f;
 // exp(x): one rounded product and MUFU.EX2. Relative error at most 2^-22 (the instruction's 2 ulp)
 // + |x| 2^-24 (the product's rounding, half an ulp of x log2e, times ln 2) + |x| 2^-26 (log2e is
 // 1.3e-8 from its float32): 1.7e-6 at |x| = 20. Below 2^-126 it is 0. The factor is not folded into
-// the logit's scale: there its rounding would act on the logit, not on its distance from the anchor.
+// the logit's scale: there its rounding would act on the logit, not on its distance from the
+// anchor.
 R1K_DEVICE float exponential(float x) { return ptx::exp2(ptx::mul(x, kLog2e)); }
 
 // To about an ulp: an odd polynomial below 0.6, where the exponential form cancels.
