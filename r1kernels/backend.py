@@ -124,8 +124,9 @@ def batch_invariant(enabled: bool = True) -> AbstractContextManager[None]:
     the number of CPU threads. Weight and bias gradients are sums over rows, as are losses and
     metrics, and cannot be invariant. In force for the whole process; the block has to enclose the
     backward. Costs: the CPU pads chunks to multiples of 64 rows; a GPU makes dhidden by a Triton
-    GEMM of fixed tiles; objectives over sequences always take two passes. The `reference` backend
-    makes no such promise and refuses; so do a low-rank term and `skip_mass`.
+    GEMM of fixed tiles and reads stored logits of an odd width one by one; objectives over
+    sequences always take two passes. The `reference` backend makes no such promise and refuses; so
+    do a low-rank term and `skip_mass`.
 
     Raises: RuntimeError in the op, on a machine whose matrix product does not treat rows alike.
     """
