@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from torch._dynamo import trace_rules
 
 ALLOCATORS = (
     (torch, "empty"),
@@ -19,7 +20,12 @@ ALLOCATORS = (
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Within the block, torch.empty and its kin are poisoned where r1kernels calls them."""
+    # torch.compile finds its own functions by name, in a table that init_process_group clears. Made
+    # anew within the block it would hold the poisoned functions, and the true ones not traced.
+    rules = trace_rules.get_torch_obj_rule_map()
     with contextlib.ExitStack() as stack:
+        held = functools.cache(lambda: rules)
+        stack.enter_context(mock.patch.object(trace_rules, "get_torch_obj_rule_map", held))
         for owner, name in ALLOCATORS:
             stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
         yield

@@ -8,14 +8,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from torch._dynamo import trace_rules
-
 from benchmarks.poison import poisoned_memory
 from r1kernels import backend as backends
-
-# torch.compile looks its own functions up by name, once; it must find them, not those put in their
-# place below.
-trace_rules.get_torch_obj_rule_map()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

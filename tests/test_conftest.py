@@ -1,5 +1,8 @@
 import pytest
 import torch
+from torch._dynamo import trace_rules
+
+from benchmarks.poison import poisoned_memory
 
 
 @pytest.mark.parametrize(
@@ -17,12 +20,25 @@ def test_memory_the_package_does_not_write_reads_as_nan(allocate):
     assert inside.isnan().all() and outside.eq(1).all()
 
 
-def test_integers_are_poisoned_and_tracers_are_not():
+def test_integers_are_poisoned():
     names = {"__name__": "r1kernels.packing", "torch": torch}
     assert (eval("torch.empty(2, dtype=torch.int32)", names) == torch.iinfo(torch.int32).min).all()
+
+
+def test_tracers_are_not_poisoned():
+    names = {"__name__": "r1kernels.packing", "torch": torch}
     exec("def allocate(x): return torch.empty_like(x).copy_(x)", names)
-    compiled = torch.compile(names["allocate"], fullgraph=True, backend="aot_eager")
-    assert compiled(torch.ones(3)).eq(1).all()
+
+    def compiled():
+        torch.compiler.reset()
+        traced = torch.compile(names["allocate"], fullgraph=True, backend="aot_eager")
+        return traced(torch.ones(3))
+
+    assert compiled().eq(1).all()
+    with poisoned_memory():
+        trace_rules.clear_lru_cache()  # as init_process_group does
+        assert compiled().eq(1).all()
+    assert compiled().eq(1).all()
 
 
 def test_backend_fixture_puts_its_backend_in_force(backend):
