@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # A package's parts, lowest layer first: a part imports its own layer and those before it.
 LAYERS = {
     "r1kernels": [
-        "check backend",
+        "check backend model_shape",
         "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
-        "shards head_contract",
+        "shards head_contract balance memory_events",
         "chunked_head",
         "_native _triton _cuda",
         "head_inputs forward_gradients linear_logp_ops linear_policy_loss_ops kept_logp",
         "token_logp linear_logp policy_loss linear_policy_loss linear_loss advantages",
-        "dropin",
+        "dropin memory",
         "patch",
         "__init__ __main__",
     ],
