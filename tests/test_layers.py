@@ -13,6 +13,8 @@ LAYERS = {
     "r1kernels": [
         "check backend model_shape",
         "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
+        "attention_kernels",
+        "attention_parts",
         "shards head_contract balance memory_events",
         "chunked_head",
         "_native _triton _cuda",
