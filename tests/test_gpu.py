@@ -114,7 +114,7 @@ def test_forward_only_stores_no_logits(head, backend):
 
 
 def test_products_are_added_in_float32_and_in_place():
-    """As _triton/linear_logp.py uses torch.mm and torch.addmm with out_dtype and out."""
+    """As `weight_grads.accumulate` and the GEMM rows of the benchmarks use torch.addmm and mm."""
     checks.float32_accumulation("cuda", 32768, 4096, 2048)
 
 

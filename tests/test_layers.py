@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "r1kernels": [
         "check backend model_shape",
+        "weight_grads",
         "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
         "attention_kernels",
         "attention_parts",

@@ -38,6 +38,7 @@ from r1kernels._triton.target_kernels import add_target_hidden, add_target_weigh
 from r1kernels.backend import is_batch_invariant
 from r1kernels.reference.token_logp import Logp
 from r1kernels.rows import SKIP_TILE, left_out
+from r1kernels.weight_grads import accumulate
 
 # Vocabulary columns widened or converted at a time where the stored matrix is no GEMM operand.
 SLICE_V = 8192
@@ -263,7 +264,7 @@ class HeadChunk:
                     if listed is not None:
                         add_weight_rows(pair.dright_VX, store_CV, left_CX, listed, kept)
                     else:
-                        _add_product(pair.dright_VX, store_CV.T, left_CX)
+                        accumulate(pair.dright_VX, store_CV.T, left_CX)
         for pair in pairs:
             if pair.dleft_CX is not None:
                 add_target_hidden(pair.dleft_CX, pair.right_VX, targets_C, target_grad_C)
@@ -300,7 +301,7 @@ class HeadChunk:
                     _add_hidden_product(pair.dleft_CX, slice_CS, pair.right_VX[columns])
                 if pair.dright_VX is not None:
                     product_SX = torch.zeros_like(pair.dright_VX[columns])
-                    _add_product(product_SX, slice_CS.T, left_CX)
+                    accumulate(product_SX, slice_CS.T, left_CX)
                     pair.dright_VX[columns].addcdiv_(product_SX, raise_left)
         for pair in pairs:
             if pair.dleft_CX is not None:
@@ -333,18 +334,8 @@ def _raise(top: Tensor) -> Tensor:
 
 
 def _add_hidden_product(out_CD: Tensor, left_CV: Tensor, weight_VD: Tensor) -> None:
-    """`_add_product`, where a row's result must not depend on the others under batch_invariant."""
-    (add_product if is_batch_invariant() else _add_product)(out_CD, left_CV, weight_VD)
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out (float32) += left @ right, accumulated in float32 whatever the operands are."""
-    if left.dtype == torch.float32:
-        out.addmm_(left, right)
-    elif out.is_cuda:
-        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
-    else:
-        out.addmm_(left.float(), right.float())
+    """`accumulate`, where a row's result must not depend on the others under batch_invariant."""
+    (add_product if is_batch_invariant() else accumulate)(out_CD, left_CV, weight_VD)
 
 
 def refuses(
