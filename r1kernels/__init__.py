@@ -13,8 +13,10 @@ from r1kernels.linear_policy_loss import linear_policy_loss
 from r1kernels.objective import PolicyObjective
 from r1kernels.patch import patch, unpatch
 from r1kernels.policy_loss import policy_loss
+from r1kernels.prefix_attention import prefix_attention, register_prefix_attention
 from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.reference.token_logp import Logp
+from r1kernels.shared_prefixes import SharedPrefixes, share_prefixes
 from r1kernels.token_logp import token_logp
 
 __version__ = "0.1.0"
@@ -24,6 +26,7 @@ __all__ = [
     "Logp",
     "PolicyLoss",
     "PolicyObjective",
+    "SharedPrefixes",
     "__version__",
     "batch_invariant",
     "group_advantages",
@@ -32,6 +35,9 @@ __all__ = [
     "linear_policy_loss",
     "patch",
     "policy_loss",
+    "prefix_attention",
+    "register_prefix_attention",
+    "share_prefixes",
     "token_logp",
     "unpatch",
     "use_backend",

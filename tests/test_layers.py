@@ -16,6 +16,8 @@ LAYERS = {
         "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
         "attention_kernels",
         "attention_parts",
+        "shared_prefixes",
+        "prefix_attention",
         "shards head_contract balance memory_events",
         "chunked_head",
         "_native _triton _cuda",
