@@ -5,6 +5,7 @@ installed and a GPU is there.
 """
 
 from r1kernels.advantages import group_advantages
+from r1kernels.attention_interface import register_attention
 from r1kernels.backend import batch_invariant, use_backend
 from r1kernels.check import IGNORE
 from r1kernels.linear_logp import linear_logp
@@ -18,6 +19,7 @@ from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.reference.token_logp import Logp
 from r1kernels.shared_prefixes import SharedPrefixes, share_prefixes
 from r1kernels.token_logp import token_logp
+from r1kernels.varlen_attention import varlen_attention
 
 __version__ = "0.1.0"
 
@@ -36,9 +38,11 @@ __all__ = [
     "patch",
     "policy_loss",
     "prefix_attention",
+    "register_attention",
     "register_prefix_attention",
     "share_prefixes",
     "token_logp",
     "unpatch",
     "use_backend",
+    "varlen_attention",
 ]

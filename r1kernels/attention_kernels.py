@@ -325,7 +325,8 @@ def _tiled_forward(query_THE, key_SNE, value_SNE, bounds, causal, rule):
 
 
 def _tiled_backward(
-    dout_THE, query_THE, key_SNE, value_SNE, out_THE, lse_TH, bounds, causal, rule, *grads
+    dout_THE, query_THE, key_SNE, value_SNE, out_THE, lse_TH, bounds, causal, rule, *grads,
+    dlse_TH=None,
 ):
     N = key_SNE.shape[1]
     dquery_THE, dkey_SNE, dvalue_SNE = grads
@@ -338,6 +339,8 @@ def _tiled_backward(
         p_NRL = _probabilities(scores_NRL, lse_NR)
         dvalue_SNE[keys].add_(torch.bmm(p_NRL.transpose(1, 2), dout).transpose(0, 1))
         delta_NR1 = (dout * out).sum(-1, keepdim=True)
+        if dlse_TH is not None:
+            delta_NR1 -= _by_key_head(dlse_TH[queries].unsqueeze(-1), N)
         dscores = torch.bmm(dout, value.transpose(1, 2)).sub_(delta_NR1).mul_(p_NRL)
         dscores = dscores.mul_(slope).mul_(rule.scale)
         dquery_THE[queries].add_(_by_query(torch.bmm(dscores, key), C))

@@ -45,6 +45,8 @@ class Bounds:
     ):
         self._given = query, query if key is None else key
         self._longest = longest
+        # whether the offsets may stay on the device
+        self.unread = longest is not None
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         if len(self._given[0]) != len(self._given[1]):
             counts = [len(x) - 1 for x in self._given]
@@ -178,6 +180,7 @@ def attend_backward(
     dvalue: Tensor,
     window: int | None = None,
     softcap: float | None = None,
+    dlse: Tensor | None = None,
     head_groups: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -188,6 +191,7 @@ def attend_backward(
         out: [T, H, E], lse: [T, H]: of the *whole* softmax, of which these keys may be a part.
         dkey, dvalue: [S, N, E], float32 (float64 for float64): the gradients are added to them.
             Any floating dtype is taken, and rounded to on every addition.
+        dlse: [T, H] the gradient of lse, where lse is used outside the softmax; plain torch then.
         head_groups: the key-value heads are taken in as many turns, so that the transients are
             1 / head_groups of all; None: as many turns as keep them below HEAD_WORKSPACE.
         dtype: of the result; None: float32 (float64 for float64).
@@ -200,19 +204,23 @@ def attend_backward(
     """
     rule = Rule(scale, window if causal else None, softcap)
     kernel = attention_kernels.choose(query, bounds, rule)
+    if dlse is not None:
+        kernel = attention_kernels.TILED
     parts = _parts(bounds, causal, kernel.rectangles)
     wide = attention_kernels.wide(query.dtype)
     dtype = wide if dtype is None else dtype
     # two parts meet in a query's gradient, and are rounded once
-    dquery_THE = torch.zeros_like(query, dtype=dtype if len(parts) == 1 else wide)
+    sums = dtype if len(parts) == 1 else wide
+    dquery_THE = torch.zeros(query.shape, dtype=sums, device=query.device)
     N = key.shape[1]
     G = query.shape[1] // N
     for start, stop in _turns(query, key, head_groups):
         q, k = slice(start * G, stop * G), slice(start, stop)
+        more = {} if dlse is None else {"dlse_TH": dlse[:, q]}
         for part, square in parts:
             kernel.backward(
                 dout[:, q], query[:, q], key[:, k], value[:, k], out[:, q], lse[:, q], part, square,
-                rule, dquery_THE[:, q], dkey[:, k], dvalue[:, k],
+                rule, dquery_THE[:, q], dkey[:, k], dvalue[:, k], **more,
             )  # fmt: skip
     return dquery_THE.to(dtype)
 

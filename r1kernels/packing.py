@@ -34,27 +34,29 @@ def cu_seqlens_from_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
     return torch.cat([ends_B.new_zeros(1), ends_B]).to(torch.int32)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int | None, device: torch.device) -> None:
+def check_cu_seqlens(
+    cu_seqlens: Tensor, num_tokens: int | None, device: torch.device, name: str = "cu_seqlens"
+) -> None:
     """Raise unless cu_seqlens are boundaries of num_tokens tokens (None: of any number).
 
     Values are looked at on CPU tensors only, and not under torch.compile: elsewhere it would wait
     for the device.
     """
-    check.dtype_in("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    check.dtype_in(name, cu_seqlens, (torch.int32, torch.int64))
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         got = check.describe(cu_seqlens)
-        raise ValueError(f"cu_seqlens must have shape [B + 1], got {got}")
-    check.device("cu_seqlens", cu_seqlens, device)
+        raise ValueError(f"{name} must have shape [B + 1], got {got}")
+    check.device(name, cu_seqlens, device)
     if not check.values_readable(cu_seqlens):
         return
     if cu_seqlens[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
+        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}")
     falls = (cu_seqlens.diff() < 0).nonzero()
     if len(falls):
-        raise ValueError(f"cu_seqlens must not decrease, but does after index {int(falls[0])}")
+        raise ValueError(f"{name} must not decrease, but does after index {int(falls[0])}")
     if num_tokens is not None and cu_seqlens[-1] != num_tokens:
         raise ValueError(
-            f"cu_seqlens must end at the number of tokens, {num_tokens}, got {int(cu_seqlens[-1])}"
+            f"{name} must end at the number of tokens, {num_tokens}, got {int(cu_seqlens[-1])}"
         )
 
 

@@ -9,6 +9,7 @@ from r1kernels.kept_logp import kept_logp_fwd
 from r1kernels.linear_logp_ops import linear_logp_fwd
 from r1kernels.linear_policy_loss_ops import linear_policy_loss_fwd
 from r1kernels.token_logp import token_logp_fwd
+from r1kernels.varlen_attention import varlen_attention_fwd
 
 TARGETS = torch.tensor([3, -100, 16, 0, 7])
 OBJECTIVE = PolicyObjective.r1()
@@ -24,6 +25,11 @@ def logits():
 
 def head():
     return torch.randn(5, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
+
+
+def heads():
+    sizes = (5, 4, 8), (9, 2, 8), (9, 2, 8)
+    return tuple(torch.randn(*size, requires_grad=True) for size in sizes)
 
 
 def lora(trained=False):
@@ -84,6 +90,12 @@ def run_weight_grad(hidden, weight):
     return r1kernels.linear_logp(hidden, weight, TARGETS, weight_grad=BUFFER).logp.sum()
 
 
+def run_varlen_attention(query, key, value):
+    more = {"cu_seqlens_key": torch.tensor([0, 3, 9]), "window": 4, "return_lse": True}
+    out, lse = r1kernels.varlen_attention(query, key, value, LENGTHS, **more)
+    return out.sum() + lse.square().sum()
+
+
 BUFFER = torch.zeros(17, 8)
 CALLS = {
     "token_logp": (run_token_logp, lambda: (logits(),)),
@@ -94,6 +106,7 @@ CALLS = {
     "low-rank term": (run_lora, lambda: (*head(), *lora(True))),
     "policy_loss": (run_policy_loss, lambda: (logits(),)),
     "group_advantages": (run_group_advantages, lambda: (logits(),)),
+    "varlen_attention": (run_varlen_attention, heads),
 }
 
 
@@ -148,6 +161,10 @@ def op_arguments():
                 hidden, weight, TARGETS, torch.randn(17, requires_grad=True), None, None,
                 temperature, None, None, 5.0, 1.0, 1.0, "", *KEPT, True,
             ),
+        ),
+        "varlen_attention": (
+            varlen_attention_fwd,
+            (*heads(), LENGTHS, torch.tensor([0, 3, 9]), None, None, True, 0.3, None, None, 2),
         ),
         "linear_policy_loss": (
             linear_policy_loss_fwd,
