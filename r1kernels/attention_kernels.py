@@ -325,7 +325,16 @@ def _tiled_forward(query_THE, key_SNE, value_SNE, bounds, causal, rule):
 
 
 def _tiled_backward(
-    dout_THE, query_THE, key_SNE, value_SNE, out_THE, lse_TH, bounds, causal, rule, *grads,
+    dout_THE,
+    query_THE,
+    key_SNE,
+    value_SNE,
+    out_THE,
+    lse_TH,
+    bounds,
+    causal,
+    rule,
+    *grads,
     dlse_TH=None,
 ):
     N = key_SNE.shape[1]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
 from numerics import assert_no_worse
 from ops.attention_cases import CASES, by_autograd, by_torch, draw
+
 from r1kernels import varlen_attention
 from r1kernels.reference.attention import attention
 
