@@ -139,7 +139,7 @@ def attend(
     """softmax(scale query key^T) value of each sequence, and the log of the softmax's divisor.
 
     Args:
-        query: [T, H, E] float64, float32, bfloat16 or float16. Strides are free but the last's.
+        query: [T, H, E] float64, float32, bfloat16 or float16, of any strides.
         key, value: [S, N, E].
         bounds: of T queries and S keys.
         causal: query i of Lq sees the keys up to i + Lk - Lq, with Lq <= Lk; else all of them.
@@ -155,6 +155,7 @@ def attend(
         are by the kernels of a GPU.
     Raises: ValueError on a causal sequence with fewer keys than queries.
     """
+    query, key, value = _dense(query, key, value)
     rule = Rule(scale, window if causal else None, softcap)
     kernel = attention_kernels.choose(query, bounds, rule)
     found = [
@@ -202,6 +203,7 @@ def attend_backward(
     Numerics: as `attend`. Repeats bitwise on the CPU, and in float32 on a GPU; in half precision
         there under torch.use_deterministic_algorithms(True).
     """
+    dout, query, key, value, out = _dense(dout, query, key, value, out)
     rule = Rule(scale, window if causal else None, softcap)
     kernel = attention_kernels.choose(query, bounds, rule)
     if dlse is not None:
@@ -239,6 +241,11 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     floor_TH = lse_TH.masked_fill(lse_TH == float("-inf"), 0)
     weights = [(x - floor_TH).exp().unsqueeze(-1) for x in (lse_a, lse_b)]
     return (out_a * weights[0] + out_b * weights[1]).to(out_a.dtype), lse_TH
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with a dense last dimension: kernels read it so, whatever its stride is."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _parts(bounds: Bounds, causal: bool, rectangles: bool) -> list[tuple[Bounds, bool]]:

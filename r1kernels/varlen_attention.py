@@ -132,11 +132,6 @@ def _bounds(cu_seqlens, cu_seqlens_key, max_seqlen, max_seqlen_key) -> Bounds:
     return Bounds(cu_seqlens, cu_seqlens_key, longest=longest)
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with their last dimension laid out densely, as every kernel reads it."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 @torch.library.custom_op(
     "r1kernels::varlen_attention_fwd", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)"
 )
@@ -153,7 +148,7 @@ def varlen_attention_fwd(query, key, value, *args):
             if ends[-1] != len(x):
                 raise ValueError(f"{name} must end at {len(x)} tokens, got {ends[-1]}")
     out_THE, lse_TH = attend(
-        *_rows(query, key, value), bounds, causal=causal, scale=scale, window=window,
+        query, key, value, bounds, causal=causal, scale=scale, window=window,
         softcap=softcap,
     )  # fmt: skip
     return out_THE.contiguous(), lse_TH.contiguous()
@@ -176,8 +171,7 @@ def varlen_attention_bwd(dout, dlse, out, lse, query, key, value, *args):
     """(dquery, dkey, dvalue)."""
     *offsets, causal, scale, window, softcap, head_groups = args
     bounds, wide = _bounds(*offsets), attention_kernels.wide(query.dtype)
-    query, key, value = _rows(query, key, value)
-    dout = torch.zeros_like(out) if dout is None else _rows(dout)[0]
+    dout = torch.zeros_like(out) if dout is None else dout
     kernel = attention_kernels.choose(query, bounds, Rule(scale, window, softcap))
     # a flash kernel rounds to the inputs' dtype itself, and writes each key's gradient once
     once = kernel is attention_kernels.FLASH and dlse is None

@@ -149,6 +149,15 @@ def test_strided_rows_are_taken_as_they_are():
         torch.testing.assert_close(x, exact, rtol=1e-11, atol=1e-12)
 
 
+def test_strides_of_zero_are_read_as_such(kernel):
+    """As the gradient of a sum is handed over."""
+    case = CASES["long and short"]
+    problem = draw(case)
+    spread = problem._replace(dout=torch.ones((), dtype=torch.float64).expand_as(problem.dout))
+    for x, exact in zip(run(case, spread), by_autograd(case, spread), strict=True):
+        torch.testing.assert_close(x, exact, rtol=1e-11, atol=1e-12)
+
+
 def test_a_call_repeats_bitwise(kernel):
     case = CASES["long and short"]
     problem = draw(case, torch.float32)
