@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from r1kernels._triton import common
+from r1kernels._triton import common, glu
 from r1kernels._triton import counted_kernels as counted
 from r1kernels._triton import head_configs as configs
 from r1kernels._triton import head_kernels as head
@@ -39,6 +39,7 @@ from r1kernels._triton import product_kernels as product
 from r1kernels._triton import target_kernels as target
 from r1kernels._triton import token_logp as token
 from r1kernels._triton.common import INTERPRETED
+from r1kernels.reference.glu import ACTIVATIONS
 
 CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 # Machine instructions worth counting in CUDA C++.
@@ -71,6 +72,9 @@ PARAMETERS = {
     "bias_ptr": "*x",
     "logits_ptr": "*x",
     "out_ptr": "*o",
+    "dh_ptr": "*x",
+    "gate_ptr": "*x",
+    "up_ptr": "*x",
     "left_ptr": "*x",
     "right_ptr": "*x",
     "steps_ptr": "*i32",
@@ -169,6 +173,20 @@ def builds(arch: int) -> Iterator[Build]:
                     {"num_warps": token.NUM_WARPS},
                     aligned,
                 )
+        for kernel, (at, activation) in itertools.product(
+            ("_glu_fwd_kernel", "_glu_bwd_kernel"), enumerate(ACTIVATIONS)
+        ):
+            yield Build(
+                glu.__name__,
+                kernel,
+                arch,
+                x,
+                x,
+                {"ACTIVATION": at, "BLOCK_N": glu.BLOCK_N},
+                {"num_warps": glu.NUM_WARPS},
+                aligned,
+                activation,
+            )
         blocks = product.tiles(dtype, aligned)
         options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
         blocks["GROUP_C"] = product.GROUP_C
@@ -386,7 +404,7 @@ def main() -> int:
     sources = cuda_sources()
     todo = [build for arch in SHARED_LIMIT for build in builds(arch)]
     if "--chosen" in sys.argv[1:]:
-        chosen = {"", *configs.CHOICE.values()}
+        chosen = {"", *configs.CHOICE.values(), *ACTIVATIONS}
         todo = [build for build in todo if build.variant in chosen]
     total = bad = 0
     with (

@@ -58,6 +58,12 @@ r1k::Dtype dtype_of(int code) {
   return static_cast<r1k::Dtype>(code);
 }
 
+r1k::Activation activation_of(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("unknown activation code " + std::to_string(code));
+  return static_cast<r1k::Activation>(code);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -253,4 +259,25 @@ PYBIND11_MODULE(_C, m) {
       py::arg("hidden_ld"), py::arg("starts"), py::arg("order"), py::arg("rows"), py::arg("ids"),
       py::arg("dlogits"), py::arg("dweight"), py::arg("weight_dtype"), py::arg("dbias"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "glu_forward",
+      [](Address gate, Address up, int dtype, int64_t count, int activation, int threads) {
+        active->glu_forward({nullptr, at<void>(gate), at<void>(up), dtype_of(dtype), count,
+                             activation_of(activation)},
+                            threads);
+      },
+      py::arg("gate"), py::arg("up"), py::arg("dtype"), py::arg("count"), py::arg("activation"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "glu_backward",
+      [](Address dh, Address gate, Address up, int dtype, int64_t count, int activation,
+         int threads) {
+        active->glu_backward({at<void>(dh), at<void>(gate), at<void>(up), dtype_of(dtype), count,
+                              activation_of(activation)},
+                             threads);
+      },
+      py::arg("dh"), py::arg("gate"), py::arg("up"), py::arg("dtype"), py::arg("count"),
+      py::arg("activation"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

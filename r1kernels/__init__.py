@@ -18,6 +18,8 @@ from r1kernels.prefix_attention import prefix_attention, register_prefix_attenti
 from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.reference.token_logp import Logp
 from r1kernels.shared_prefixes import SharedPrefixes, share_prefixes
+from r1kernels.tile_mlps import tile_mlps
+from r1kernels.tiled_mlp import tiled_mlp
 from r1kernels.token_logp import token_logp
 from r1kernels.varlen_attention import varlen_attention
 
@@ -41,6 +43,8 @@ __all__ = [
     "register_attention",
     "register_prefix_attention",
     "share_prefixes",
+    "tile_mlps",
+    "tiled_mlp",
     "token_logp",
     "unpatch",
     "use_backend",

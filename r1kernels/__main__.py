@@ -65,7 +65,8 @@ def main() -> None:
         print("\n".join(reasons) + "\n")
     print(
         "linear_policy_loss and linear_loss run on linear_logp's backend; "
-        "policy_loss and group_advantages are plain torch everywhere. "
+        "policy_loss and group_advantages are plain torch everywhere; "
+        "tiled_mlp is library products around glu. "
         "cuda runs only when asked for by name (use_backend, R1KERNELS_BACKEND), until it is "
         "measured to be faster than triton."
     )

@@ -22,7 +22,7 @@ ORDER = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
 # (op, compute capability as 90) where cuda was measured to be faster than triton, and comes first.
 # Elsewhere it runs only when asked for by name.
 CUDA_FIRST: frozenset[tuple[str, int]] = frozenset()
-OPS = ("token_logp", "linear_logp", "kept_logp")
+OPS = ("token_logp", "linear_logp", "kept_logp", "glu")
 
 _log = logging.getLogger("r1kernels")
 _told: set[tuple[str, str, str]] = set()

@@ -1,5 +1,6 @@
 """Argument checks: TypeError and ValueError that name the argument and show what came."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,6 +54,29 @@ def shape(name: str, x: object, expected: Sequence[int], what: str = "") -> None
 def device(name: str, x: Tensor, expected: torch.device) -> None:
     if x.device != expected:
         raise ValueError(f"{name} must be on {expected}, got {describe(x)}")
+
+
+def low_rank(
+    name: str, lora: object, like: Tensor, outputs: int, inputs: int
+) -> tuple[Tensor, Tensor, float]:
+    """(A [R, inputs], B [outputs, R], scale) of a low-rank term, in like's dtype or float32."""
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(
+            f"{name} must be (A [R, {inputs}], B [{outputs}, R], scale), got {describe(lora)}"
+        )
+    down, up, scale = lora
+    for title, x in ((f"{name}'s A", down), (f"{name}'s B", up)):
+        local(title, x)
+        dtype_in(title, x, (like.dtype, torch.float32))
+        device(title, x, like.device)
+    rank = down.shape[0] if down.ndim else 0
+    if not rank:
+        raise ValueError(f"{name}'s A must be [R, {inputs}], got {describe(down)}")
+    shape(f"{name}'s A", down, (rank, inputs), "[R, inputs]")
+    shape(f"{name}'s B", up, (outputs, rank), "[outputs, R]")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise TypeError(f"{name}'s scale must be a finite number, got {describe(scale)}")
+    return down, up, float(scale)
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """What every op of the linear head takes: arguments checked and flattened, one list for all."""
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from r1kernels import shards
 from r1kernels.backend import implementation, is_batch_invariant
-from r1kernels.check import describe, device, dtype_in, local, shape
+from r1kernels.check import describe, device, dtype_in, local, low_rank, shape
 from r1kernels.chunked_head import chunk_rows
 from r1kernels.head_contract import Head, HeadChunk, Rows
 from r1kernels.rows import (
@@ -179,7 +178,7 @@ def head_inputs(
         if not isinstance(workspace_mb, int):
             raise TypeError(f"workspace_mb must be an int, got {workspace_mb!r}")
     lora_RD, lora_VR, lora_scale = (
-        (None, None, 1.0) if lora is None else _lora(lora, hidden, weight)
+        (None, None, 1.0) if lora is None else low_rank("lora", lora, hidden, *weight.shape)
     )
     if weight_grad is not None:
         dtype_in("weight_grad", weight_grad, (torch.float32,))
@@ -209,25 +208,6 @@ def head_inputs(
         lora_scale,
         group,
     )
-
-
-def _lora(lora: object, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Raises: as head_inputs, on a low-rank term that does not fit the weight."""
-    if not isinstance(lora, tuple) or len(lora) != 3:
-        raise TypeError(f"lora must be (A [R, D], B [V, R], scale), got {describe(lora)}")
-    lora_RD, lora_VR, scale = lora
-    for name, x in (("lora's A", lora_RD), ("lora's B", lora_VR)):
-        local(name, x)
-        dtype_in(name, x, (hidden.dtype, torch.float32))
-        device(name, x, hidden.device)
-    rank = lora_RD.shape[0] if lora_RD.ndim else 0
-    if not rank:
-        raise ValueError(f"lora's A must be [R, {weight.shape[1]}], got {describe(lora_RD)}")
-    shape("lora's A", lora_RD, (rank, weight.shape[1]), "[R, D]")
-    shape("lora's B", lora_VR, (weight.shape[0], rank), "[V, R]")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise TypeError(f"lora's scale must be a finite number, got {describe(scale)}")
-    return lora_RD, lora_VR, float(scale)
 
 
 def check_skip_mass(skip_mass: object, entropy_grad: bool, kept: object, group: object) -> float:

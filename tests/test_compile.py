@@ -8,6 +8,7 @@ from r1kernels import PolicyObjective
 from r1kernels.kept_logp import kept_logp_fwd
 from r1kernels.linear_logp_ops import linear_logp_fwd
 from r1kernels.linear_policy_loss_ops import linear_policy_loss_fwd
+from r1kernels.tiled_mlp import tiled_mlp_fwd
 from r1kernels.token_logp import token_logp_fwd
 from r1kernels.varlen_attention import varlen_attention_fwd
 
@@ -96,6 +97,16 @@ def run_varlen_attention(query, key, value):
     return out.sum() + lse.square().sum()
 
 
+def run_tiled_mlp(x, gate, up, down, bias, *lora):
+    more = {"up_lora": (*lora, 2.0), "down_bias": bias, "tile_rows": 2}
+    return r1kernels.tiled_mlp(x, gate, up, down, **more).square().sum()
+
+
+def mlp():
+    sizes = ((5, 8), (12, 8), (12, 8), (8, 12), (8,), (2, 8), (12, 2))
+    return tuple(torch.randn(*size, requires_grad=True) for size in sizes)
+
+
 BUFFER = torch.zeros(17, 8)
 CALLS = {
     "token_logp": (run_token_logp, lambda: (logits(),)),
@@ -107,6 +118,7 @@ CALLS = {
     "policy_loss": (run_policy_loss, lambda: (logits(),)),
     "group_advantages": (run_group_advantages, lambda: (logits(),)),
     "varlen_attention": (run_varlen_attention, heads),
+    "tiled_mlp": (run_tiled_mlp, mlp),
 }
 
 
@@ -138,6 +150,7 @@ def test_weight_gradient_of_a_compiled_call_goes_into_the_buffer():
 
 def op_arguments():
     hidden, weight = head()
+    x, gate, up, down, bias, *low = mlp()
     temperature = torch.rand(5) + 0.5
     return {
         "token_logp": (token_logp_fwd, (logits(), TARGETS, temperature, 5.0, 1.0, True, False)),
@@ -172,6 +185,13 @@ def op_arguments():
                 hidden, weight, TARGETS, None, *lora(True), None, None, None, 0.0, 1.0, 0.5, "",
                 None, torch.randn(5), -torch.rand(5), None, None, torch.rand(5), None, 1,
                 PolicyObjective.dapo().spec, False, 0.0, [True, True, False, True, True], None,
+            ),
+        ),
+        "tiled_mlp": (
+            tiled_mlp_fwd,
+            (
+                x, gate, None, None, None, up.detach(), None, *low, down, bias, None, None,
+                1.0, 2.0, 1.0, "gelu", 2,
             ),
         ),
     }  # fmt: skip

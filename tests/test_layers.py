@@ -13,6 +13,7 @@ LAYERS = {
     "r1kernels": [
         "check backend model_shape",
         "weight_grads",
+        "projection",
         "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
         "attention_kernels",
         "attention_parts",
@@ -25,6 +26,8 @@ LAYERS = {
         "token_logp linear_logp policy_loss linear_policy_loss linear_loss advantages",
         "varlen_attention",
         "dropin memory attention_interface",
+        "tiled_mlp",
+        "tile_mlps",
         "patch",
         "__init__ __main__",
     ],

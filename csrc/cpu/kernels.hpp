@@ -137,6 +137,20 @@ struct KeptWeight {
   float* dbias;  // [vocab], or null
 };
 
+// The order is that of ACTIVATIONS in r1kernels/reference/glu.py.
+enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+
+// h = act(gate) * up of `count` elements, in place. Forward: gate becomes h. Backward: dh becomes h,
+// gate and up their gradients.
+struct Glu {
+  void* dh;  // null in the forward
+  void* gate;
+  void* up;
+  Dtype dtype;
+  int64_t count;
+  Activation activation;
+};
+
 struct Kernels {
   const char* isa;
   void (*exp_tile)(const ExpTile&, int threads);
@@ -148,6 +162,8 @@ struct Kernels {
   void (*kept_forward)(const KeptForward&, int threads);
   void (*kept_backward)(const KeptBackward&, int threads);
   void (*kept_weight)(const KeptWeight&, int threads);
+  void (*glu_forward)(const Glu&, int threads);
+  void (*glu_backward)(const Glu&, int threads);
 };
 
 extern const Kernels kGeneric;

@@ -1,4 +1,5 @@
 #define R1K_ISA avx2
+#include "glu_impl.hpp"
 #include "kept_impl.hpp"
 
 namespace r1k {
@@ -10,5 +11,7 @@ const Kernels kAvx2 = {"avx2",
                        avx2::token_backward,
                        avx2::kept_forward,
                        avx2::kept_backward,
-                       avx2::kept_weight};
+                       avx2::kept_weight,
+                       avx2::glu_forward,
+                       avx2::glu_backward};
 }

@@ -1,4 +1,5 @@
 #define R1K_ISA avx512
+#include "glu_impl.hpp"
 #include "kept_impl.hpp"
 
 namespace r1k {
@@ -10,5 +11,7 @@ const Kernels kAvx512 = {"avx512",
                          avx512::token_backward,
                          avx512::kept_forward,
                          avx512::kept_backward,
-                         avx512::kept_weight};
+                         avx512::kept_weight,
+                         avx512::glu_forward,
+                         avx512::glu_backward};
 }

@@ -1,4 +1,5 @@
 #define R1K_ISA generic
+#include "glu_impl.hpp"
 #include "kept_impl.hpp"
 
 namespace r1k {
@@ -10,5 +11,7 @@ const Kernels kGeneric = {"generic",
                           generic::token_backward,
                           generic::kept_forward,
                           generic::kept_backward,
-                          generic::kept_weight};
+                          generic::kept_weight,
+                          generic::glu_forward,
+                          generic::glu_backward};
 }

@@ -3,6 +3,8 @@
 // One pass over a tile of logits that a GEMM has just written: a row segment of a few thousand
 // floats stays in L1 while it is transformed, its maximum is taken, and the exponentials are
 // summed. Traffic is one read and at most one write of the tile, from cache.
+#pragma once
+
 #include <algorithm>
 #include <limits>
 

@@ -63,5 +63,45 @@ inline float fast_tanh(float x) {
   return x == x ? y : x;
 }
 
+// The normal distribution function: erfc(-x / sqrt 2) / 2, whose tail keeps its digits below zero,
+// where (1 + erf) / 2 would cancel. (The three polynomials of Cephes' erff and erfcf.)
+inline float normal_cdf(float x) {
+  const float s = x * 0.70710678118654752f;
+  const float a = std::fabs(s);
+  const float z = s * s;
+  float p = 7.853861353153693e-5f;
+  p = p * z - 8.010193625184903e-4f;
+  p = p * z + 5.188327685732524e-3f;
+  p = p * z - 2.685381193529856e-2f;
+  p = p * z + 1.128358514861418e-1f;
+  p = p * z - 3.761262582423300e-1f;
+  p = p * z + 1.128379165726710f;
+  const float near_zero = 0.5f + 0.5f * (s * p);
+  const float q = 1.0f / (a > 1.0f ? a : 1.0f);
+  const float y = q * q;
+  float m = 2.326819970068386e-2f;
+  m = m * y - 1.387039388740657e-1f;
+  m = m * y + 3.687424674597105e-1f;
+  m = m * y - 5.824733027278666e-1f;
+  m = m * y + 6.210004621745983e-1f;
+  m = m * y - 4.944515323274145e-1f;
+  m = m * y + 3.404879937665872e-1f;
+  m = m * y - 2.741127028184656e-1f;
+  m = m * y + 5.638259427386472e-1f;
+  float f = -1.047766399936249e1f;
+  f = f * y + 1.297719955372516e1f;
+  f = f * y - 7.495518717768503f;
+  f = f * y + 2.921019019210786f;
+  f = f * y - 1.015265279202700f;
+  f = f * y + 4.218463358204948e-1f;
+  f = f * y - 2.820767439740514e-1f;
+  f = f * y + 5.641895067754075e-1f;
+  const float e = z < -kExpMin ? fast_exp(-z) : 0.0f;
+  const float tail = 0.5f * e * q * (a < 2.0f ? m : f);
+  const float far = s < 0.0f ? tail : 1.0f - tail;
+  const float cdf = a < 1.0f ? near_zero : far;
+  return x == x ? cdf : x;
+}
+
 }  // namespace R1K_ISA
 }  // namespace r1k
