@@ -159,7 +159,13 @@ class CheckpointedLayers:
             for name, module in model.named_modules()
             if hasattr(module, "gradient_checkpointing")
         ]
-        self.names = [name for name, *_ in self._before if name]
+        flagged = [name for name, *_ in self._before]
+        # A decoder has the flag too, and leaves the work to its layers.
+        self.names = [
+            name
+            for name in flagged
+            if not any(other.startswith(f"{name}.") or not name for other in flagged if other)
+        ]
 
     def undo(self) -> None:
         """Put the model's own settings back, and unpin the memory unless a graph still needs it."""
