@@ -8,10 +8,12 @@ from r1kernels.advantages import group_advantages
 from r1kernels.attention_interface import register_attention
 from r1kernels.backend import batch_invariant, use_backend
 from r1kernels.check import IGNORE
+from r1kernels.host_store import HostStore
 from r1kernels.linear_logp import linear_logp
 from r1kernels.linear_loss import linear_loss
 from r1kernels.linear_policy_loss import linear_policy_loss
 from r1kernels.objective import PolicyObjective
+from r1kernels.offloaded_checkpoint import checkpoint_layers, offloaded_checkpoint
 from r1kernels.patch import patch, unpatch
 from r1kernels.policy_loss import policy_loss
 from r1kernels.prefix_attention import prefix_attention, register_prefix_attention
@@ -27,16 +29,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IGNORE",
+    "HostStore",
     "Logp",
     "PolicyLoss",
     "PolicyObjective",
     "SharedPrefixes",
     "__version__",
     "batch_invariant",
+    "checkpoint_layers",
     "group_advantages",
     "linear_logp",
     "linear_loss",
     "linear_policy_loss",
+    "offloaded_checkpoint",
     "patch",
     "policy_loss",
     "prefix_attention",

@@ -1,4 +1,4 @@
-"""Activation checkpointing whose inputs wait in host memory, for one function or a whole decoder."""
+"""Activation checkpointing whose inputs wait in host memory, of a function or a whole decoder."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from r1kernels import check
 from r1kernels.host_store import Handle, HostStore
 from r1kernels.saved_attention import OutputAndLse, Remembering
 
 
-# As torch's checkpoint: torch.compiler.disable does the same and imports the compiler, for two seconds.
+# As torch's checkpoint. torch.compiler.disable would import the compiler here, for two seconds.
 @torch._disable_dynamo
 def offloaded_checkpoint(
     function: Callable,
@@ -52,9 +53,9 @@ def offloaded_checkpoint(
     Source: Chen et al. 2016, arXiv:1604.06174; docs/ops/offloaded_checkpoint.md.
     """
     if not callable(function):
-        raise TypeError(f"function must be callable, got a {type(function).__name__}")
+        raise TypeError(f"function must be callable, got {check.describe(function)}")
     if not isinstance(store, HostStore | None):
-        raise TypeError(f"store must be a HostStore, got a {type(store).__name__}")
+        raise TypeError(f"store must be a HostStore, got {check.describe(store)}")
     # By name, so that no argument of the function passes for an option of torch's checkpoint.
     function = partial(function, **kwargs) if kwargs else function
     if not torch.is_grad_enabled():
@@ -73,7 +74,7 @@ def offloaded_checkpoint(
 
 
 class _Segment:
-    """What one checkpointed call keeps in a store. It lives as long as the call's graph needs it."""
+    """What one checkpointed call keeps in a store, as long as the call's graph needs it."""
 
     def __init__(self, store: HostStore, args: tuple):
         self.store = store

@@ -1,8 +1,8 @@
 """Pinned host memory in blocks, as far as the machine has room for it.
 
-Memory is pinned in slabs of SLAB bytes, cut into blocks of BLOCK, and a tensor takes any blocks that
-are free. Sequences of another length fit the same blocks, nothing is rounded to a power of two, and
-nothing is pinned before it is needed.
+Memory is pinned in slabs of SLAB bytes, cut into blocks of BLOCK, and a tensor takes any blocks
+that are free. Sequences of another length fit the same blocks, nothing is rounded to a power of
+two, and nothing is pinned before it is needed.
 """
 
 from collections import deque
@@ -69,9 +69,9 @@ class PinnedPool:
             room, limit = min(room, self.limit - self.pinned), f", host_bytes is {self.limit}"
         if slabs * SLAB > room:
             raise HostMemoryError(
-                f"a tensor of {nbytes} bytes needs {slabs * SLAB} bytes more of pinned host memory, "
-                f"and {room} are free (beside {self.pinned} in the pool{limit}): let more bytes "
-                "stay on the GPU with device_bytes, or shorten the sequences"
+                f"a tensor of {nbytes} bytes needs {slabs * SLAB} bytes more of pinned host "
+                f"memory, and {room} are free (beside {self.pinned} in the pool{limit}): let more "
+                "bytes stay on the GPU with device_bytes, or shorten the sequences"
             )
         for _ in range(slabs):
             try:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 OutputAndLse = tuple[Tensor, Tensor]
 
-# None: compute. Otherwise it is given what would compute, and decides. Set around a function's first
-# pass and around its recomputation, in the thread that runs them.
+# None: compute. Otherwise it is given what would compute, and decides. Set around a function's
+# first pass and around its recomputation, in the thread that runs them.
 _memory: ContextVar[Callable[[Callable[[], OutputAndLse]], OutputAndLse] | None] = ContextVar(
     "r1kernels_saved_attention", default=None
 )

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A package's parts, lowest layer first: a part imports its own layer and those before it.
 LAYERS = {
     "r1kernels": [
-        "check backend model_shape",
-        "weight_grads",
+        "check backend model_shape pinned_pool saved_attention",
+        "weight_grads host_store",
         "projection",
         "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
         "attention_kernels",
@@ -24,7 +24,7 @@ LAYERS = {
         "_native _triton _cuda",
         "head_inputs forward_gradients linear_logp_ops linear_policy_loss_ops kept_logp",
         "token_logp linear_logp policy_loss linear_policy_loss linear_loss advantages",
-        "varlen_attention",
+        "varlen_attention offloaded_checkpoint",
         "dropin memory attention_interface",
         "tiled_mlp",
         "tile_mlps",

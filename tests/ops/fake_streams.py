@@ -53,7 +53,8 @@ class LateStreams:
 
     Device memory that nobody holds is used again at once: by a write of POISON on the stream that
     it belongs to. A `check` that sees another value than it should, and a copy of memory that is
-    somebody else's by then, count as errors. Waits of a pair of streams in `forgotten` are left out.
+    somebody else's by then, are errors. Waits of the first stream in `forgotten` for the second are
+    left out.
     """
 
     out, back = "out", "back"

@@ -215,14 +215,14 @@ def test_a_host_without_room_is_an_error_that_says_what_to_do(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pinned_pool, "available_host_bytes", lambda: pinned_pool.RESERVE + 100)
-        with pytest.raises(HostMemoryError, match="256 bytes more of pinned host .*, and 100 are"):
+        with pytest.raises(HostMemoryError, match=r"256 bytes more of .*, and 100 are"):
             HostStore(streams=EagerStreams()).put(torch.zeros(50))
 
     class Locked(EagerStreams):
         def pinned(self, nbytes):
             raise RuntimeError("CUDA error: out of memory")
 
-    with pytest.raises(HostMemoryError, match="could not be pinned .* out of memory"):
+    with pytest.raises(HostMemoryError, match=r"could not be pinned .* out of memory"):
         HostStore(streams=Locked()).put(torch.zeros(50))
 
 

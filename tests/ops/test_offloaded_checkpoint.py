@@ -261,11 +261,11 @@ def test_a_change_in_place_is_an_error(store):
 
 def test_bad_arguments():
     x = torch.zeros(2, requires_grad=True)
-    with pytest.raises(TypeError, match="function must be callable, got a Tensor"):
+    with pytest.raises(TypeError, match="function must be callable, got torch"):
         offloaded_checkpoint(x, x)
-    with pytest.raises(TypeError, match="store must be a HostStore, got a int"):
+    with pytest.raises(TypeError, match="store must be a HostStore, got int 3"):
         offloaded_checkpoint(torch.sin, x, store=3)
-    with pytest.raises(ValueError, match="called no r1kernels.varlen_attention: give the model"):
+    with pytest.raises(ValueError, match=r"called no r1kernels\.varlen_attention: give"):
         offloaded_checkpoint(torch.sin, x, save_attention=True)
 
 
