@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from r1.types import Group
+from r1kernels.balance import pack_by_budget
 
 IGNORE = -100
 
@@ -152,29 +153,10 @@ def pack(samples: Sequence[Sample]) -> Pack:
     )
 
 
-def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `budget`: first fit, longest first.
-
-    A length above the budget gets a bin of its own. Inside a bin the indices are ascending.
-    """
-    if budget < 1:
-        raise ValueError(f"budget: expected a positive number of tokens, got {budget}")
-    contents: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((b for b, free in enumerate(room) if lengths[index] <= free), None)
-        if place is None:
-            contents.append([])
-            room.append(budget)
-            place = len(room) - 1
-        contents[place].append(index)
-        room[place] -= lengths[index]
-    return [sorted(content) for content in contents]
-
-
 def packs_of(samples: Sequence[Sample], budget: int) -> list[Pack]:
     lengths = [len(sample.tokens) for sample in samples]
-    return [pack([samples[index] for index in content]) for content in bins(lengths, budget)]
+    contents = pack_by_budget(lengths, budget)
+    return [pack([samples[index] for index in content]) for content in contents]
 
 
 def minibatch_of(samples: Sequence[Sample], budget: int) -> Minibatch:

@@ -7,11 +7,13 @@ installed and a GPU is there.
 from r1kernels.advantages import group_advantages
 from r1kernels.attention_interface import register_attention
 from r1kernels.backend import batch_invariant, use_backend
+from r1kernels.balance import balance, pack_by_budget
 from r1kernels.check import IGNORE
 from r1kernels.host_store import HostStore
 from r1kernels.linear_logp import linear_logp
 from r1kernels.linear_loss import linear_loss
 from r1kernels.linear_policy_loss import linear_policy_loss
+from r1kernels.model_shape import ModelShape
 from r1kernels.objective import PolicyObjective
 from r1kernels.offloaded_checkpoint import checkpoint_layers, offloaded_checkpoint
 from r1kernels.patch import patch, unpatch
@@ -31,10 +33,12 @@ __all__ = [
     "IGNORE",
     "HostStore",
     "Logp",
+    "ModelShape",
     "PolicyLoss",
     "PolicyObjective",
     "SharedPrefixes",
     "__version__",
+    "balance",
     "batch_invariant",
     "checkpoint_layers",
     "group_advantages",
@@ -42,6 +46,7 @@ __all__ = [
     "linear_loss",
     "linear_policy_loss",
     "offloaded_checkpoint",
+    "pack_by_budget",
     "patch",
     "policy_loss",
     "prefix_attention",

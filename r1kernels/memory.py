@@ -8,12 +8,18 @@ the optimizer's own temporaries, a framework's buckets for communication, activa
 model. Sizes are bytes; GB are 10^9 bytes.
 """
 
-from dataclasses import replace
+import argparse
+import json
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from r1kernels.memory_events import WORKSPACE, Account, Gradients, Layer
-from r1kernels.model_shape import ModelShape
+from r1kernels.balance import largest_tokens
+from r1kernels.memory_events import WORKSPACE, Layer
+from r1kernels.memory_step import Optimizer, Step
+from r1kernels.model_shape import NAMED, ModelShape, shape_of
 
+GB = 10**9
 # From the cheapest in time to the cheapest in memory.
 MODES = ("plain", "checkpoint", "checkpoint+offload", "stream", "stream+offload")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,20 +27,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = {"cpu": 0, "cuda": 6_000_000_000}
 ATTENTION = {"cpu": "cpu", "cuda": "flash2"}
 WORKSPACE_MB = {"cpu": 256, "cuda": 1280}
-# Of a token beside what the model makes of it: ids, positions, targets and the loss's streams.
-INPUT_BYTES = 64
 # Rows of a chunk of `stream_model`.
 CHUNK = 4096
-
-
-class Optimizer(NamedTuple):
-    """Bytes per parameter: of the gradient that stays (None: as the weight), of states on the
-    device for float32 weights and for narrower ones, of states on the host."""
-
-    gradient: int | None
-    states: int
-    states_half: int
-    host: int
 
 
 OPTIMIZERS = {
@@ -120,7 +114,7 @@ def peak_bytes(
         shape, tokens, tokens, ITEMSIZE[dtype], fused_layers, mlp_rows,
         attention or ATTENTION[device], head_groups,
     )  # fmt: skip
-    step = _Step(
+    step = Step(
         layer, mode, OPTIMIZERS[optimizer], accumulate, fused_head, chunk_size,
         workspace_mb or WORKSPACE_MB[device], device,
     )  # fmt: skip
@@ -130,129 +124,139 @@ def peak_bytes(
     return PeakBytes(account.peak + slack, step.host, parts)
 
 
-class _Step:
-    """Forward and backward of one micro-batch in the events of `memory_events`."""
+def executed_flops(shape: ModelShape, length: int, mode: str, mlp_rows: int = 0) -> int:
+    """Floating-point operations that a training step on one sequence executes, what is computed
+    again included; `ModelShape.flops` has what the step needs.
 
-    def __init__(
-        self, layer, mode, optimizer, accumulate, fused_head, chunk_size, workspace, device
-    ):
-        shape, e = layer.shape, layer.itemsize
-        self.layer, self.shape, self.mode, self.device = layer, shape, mode, device
-        self.fused_head, self.workspace = fused_head, workspace
-        self.chunk = replace(layer, rows=min(chunk_size, layer.rows))
-        held = e if optimizer.gradient is None else optimizer.gradient
-        self.gradients = Gradients(e, held, accumulate)
-        self.account = Account(
-            {
-                "weights": e * shape.params,
-                "gradients": held * shape.params * accumulate,
-                "optimizer": shape.params * (optimizer.states_half if e < 4 else optimizer.states),
-                "inputs": layer.rows * (INPUT_BYTES + 2 * shape.head_dim * e),
-            }
-        )
-        self.offload = mode.endswith("+offload")
-        self.host = optimizer.host * shape.params
-        if self.offload:
-            self.host += (shape.layers - 1) * layer.x
+    A checkpointed layer runs again but for its last product; attention's backward is 2.5 forwards,
+    as it makes the scores again.
+    """
+    linear = shape.attention_matrices + shape.mlp_matrices
+    again = 0 if mode == "plain" else linear - shape.hidden * shape.intermediate
+    if mlp_rows and not mode.startswith("stream"):
+        again += 2 * shape.hidden * shape.intermediate
+    products = shape.layers * (3 * linear + again) + 3 * shape.vocab * shape.hidden
+    halves = 7 if mode == "plain" else 9
+    return 2 * length * products + halves * shape.query_width * shape.pairs(length)
 
-    def run(self) -> Account:
-        account, layer, x = self.account, self.layer, self.layer.x
-        plain, stream = self.mode == "plain", self.mode.startswith("stream")
-        account.add("residual", x)
-        for index in range(self.shape.layers):
-            if plain:
-                layer.forward(account, save=True)
-                if not layer.keeps_input:
-                    account.drop("residual", x)
-                continue
-            self._stream_forward() if stream else layer.forward(account, save=False)
-            account.drop("residual", x)
-            account.add("layer inputs", x)
-            if self.offload and index:
-                account.drop("layer inputs", x)
-        layer.norm("head", account, x, True)
-        if not layer.keeps_input:
-            account.drop("residual", x)
-        self._fused_head() if self.fused_head else self._stored_logits()
-        layer.norm_backward("head", account, x)
-        self.gradients.deliver(account, self.shape.hidden)
-        account.drop("head", x)
-        account.add("residual", 0 if layer.keeps_input else x)
-        for index in reversed(range(self.shape.layers)):
-            if plain:
-                layer.backward(account, self.gradients)
-                if layer.keeps_input:
-                    account.drop("residual", x)
-                continue
-            account.add("layer inputs", x if self.offload and index else 0)
-            if stream:
-                self._stream_backward()
-            else:
-                layer.forward(account, save=True, last=False)
-                layer.backward(account, self.gradients)
-            account.drop("layer inputs", x)
-        embedding = self.shape.vocab * self.shape.hidden
-        if self.shape.tied:
-            account.brief("gradients", layer.itemsize * embedding)
-        else:
-            self.gradients.deliver(account, embedding)
-        account.drop("residual", x)
-        return account
 
-    def _fused_head(self) -> None:
-        """`linear_policy_loss`: gradients are made in the forward and rounded in the backward."""
-        account, layer, shape = self.account, self.layer, self.shape
-        e, weight = layer.itemsize, shape.vocab * shape.hidden
-        account.add("head", 4 * weight, layer.x)
-        if self.device == "cpu":
-            # float32 rows: logits; hidden, its gradient and its product with the row factor
-            row = 4 * shape.vocab
-            beside = 4 * shape.hidden * (3 if layer.half else 2)
-        else:
-            row = (e if e < 4 else 4) * shape.vocab + 4 * shape.hidden
-            beside = (4 + e) * shape.hidden
-        rows = min(layer.rows, max(16, self.workspace * 2**20 // row))
-        account.brief("head workspace", rows * (row + beside))
-        account.drop("head", layer.x)
-        if layer.half:
-            account.brief("gradients", e * weight)
-        account.drop("head", 4 * weight)
-        self.gradients.deliver(account, weight)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m r1kernels.memory",
+        description="Predicts the peak memory of a training step, by mode, and what fits.",
+    )
+    parser.add_argument("--model", required=True, help=f"config.json, or {', '.join(NAMED)}")
+    parser.add_argument("--tokens", type=int, required=True, help="packed tokens of a micro-batch")
+    parser.add_argument("--gpu", type=float, help="GB of device memory")
+    parser.add_argument("--host", type=float, help="GB of host memory that may be pinned")
+    parser.add_argument("--mode", choices=MODES, help="this one only")
+    parser.add_argument("--sequences", type=int, default=1, help="of equal length, for the FLOPs")
+    parser.add_argument("--dtype", choices=ITEMSIZE, default="bfloat16")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--device", choices=SLACK, default="cuda")
+    parser.add_argument("--attention", choices=WORKSPACE, help="backward's workspace")
+    parser.add_argument("--head-groups", type=int, default=1)
+    parser.add_argument("--mlp-rows", type=int, default=0, help="rows of a tile of tiled_mlp")
+    parser.add_argument("--chunk-size", type=int, default=CHUNK, help="queries, in stream modes")
+    parser.add_argument("--workspace-mb", type=int, help="of the fused head")
+    parser.add_argument("--stored-logits", action="store_true", help="no fused head")
+    parser.add_argument("--fused-layers", action="store_true", help="Liger's norm, RoPE, SwiGLU")
+    parser.add_argument("--slack", type=float, help="GB beside what is counted")
+    parser.add_argument("--tflops", type=float, help="rate of the device, for a predicted time")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    try:
+        report = _report(given)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    print(json.dumps(report) if given.json else _table(report))
+    return 0
 
-    def _stored_logits(self) -> None:
-        """Logits [T, V], their float32 copy, log-softmax, and the gradients of both."""
-        account, layer, shape = self.account, self.layer, self.shape
-        logits, wide = layer.rows * shape.vocab * layer.itemsize, 4 * layer.rows * shape.vocab
-        account.add("logits", logits, wide if layer.half else 0, wide)
-        account.drop("logits", wide if layer.half else 0)
-        account.add("logits", wide)
-        account.brief("logits", wide)
-        account.drop("logits", wide)
-        if layer.half:
-            account.add("logits", logits)
-            account.drop("logits", wide)
-        account.add("head", layer.x)
-        self.gradients.deliver(account, shape.vocab * shape.hidden)
-        account.drop("logits", logits, logits)
-        account.drop("head", layer.x)
 
-    def _stream_forward(self) -> None:
-        """A layer in chunks of queries, its keys and values whole."""
-        account, layer = self.account, self.layer
-        account.add("residual", layer.x)
-        account.add("keys and values", layer.k, layer.k)
-        self.chunk.forward(account, save=False)
-        account.drop("residual", self.chunk.x)
-        account.drop("keys and values", layer.k, layer.k)
+def _report(given: argparse.Namespace) -> dict:
+    """What is printed, in bytes, floating-point operations and seconds."""
+    shape = shape_of(given.model)
+    for name in ("gpu", "host", "tflops", "sequences"):
+        value = getattr(given, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive, got {value:g}")
+    limits = [None if x is None else int(x * GB) for x in (given.gpu, given.host)]
+    modes = {}
+    for mode in [given.mode] if given.mode else MODES:
 
-    def _stream_backward(self) -> None:
-        """The same, dx over dy; float32 sums of the layer's and of keys' and values' gradients."""
-        account, layer, shape = self.account, self.layer, self.shape
-        wide = 4 * layer.rows * shape.kv_width
-        account.add("keys and values", layer.k, layer.k, wide, wide)
-        account.add("weight gradient sums", 4 * shape.layer_params)
-        self.chunk.forward(account, save=True, last=False)
-        self.chunk.backward(account, Gradients(0, 0, True))
-        account.drop("keys and values", layer.k, layer.k, wide, wide)
-        self.gradients.deliver(account, shape.layer_params)
-        account.drop("weight gradient sums", 4 * shape.layer_params)
+        def predict(tokens: int, mode: str = mode) -> PeakBytes:
+            return peak_bytes(
+                shape, tokens, mode=mode, dtype=given.dtype, optimizer=given.optimizer,
+                device=given.device, fused_head=not given.stored_logits,
+                fused_layers=given.fused_layers, attention=given.attention,
+                head_groups=given.head_groups, mlp_rows=given.mlp_rows,
+                chunk_size=given.chunk_size, workspace_mb=given.workspace_mb,
+                slack=None if given.slack is None else int(given.slack * GB),
+            )  # fmt: skip
+
+        def beyond(tokens: int, predict=predict) -> int:
+            """0 while everything fits."""
+            pairs = zip(predict(tokens)[:2], limits, strict=True)
+            return max(0 if limit is None else max(0, size - limit) for size, limit in pairs)
+
+        found = predict(given.tokens)
+        length = -(-given.tokens // given.sequences)
+        flops = given.sequences * executed_flops(shape, length, mode, given.mlp_rows)
+        modes[mode] = {"peak": found.device, "host": found.host, "parts": found.parts}
+        modes[mode] |= {"flops": flops}
+        if given.gpu is not None:
+            modes[mode] |= {"fits": not beyond(given.tokens)}
+            modes[mode] |= {"largest_tokens": largest_tokens(beyond, 0)}
+        if given.tflops is not None:
+            modes[mode] |= {"seconds": flops / (given.tflops * 1e12)}
+    return {
+        "model": given.model,
+        "parameters": shape.params,
+        "tokens": given.tokens,
+        "sequences": given.sequences,
+        "dtype": given.dtype,
+        "optimizer": given.optimizer,
+        "device": given.device,
+        "gpu": limits[0],
+        "host": limits[1],
+        "model_flops": given.sequences * shape.flops(-(-given.tokens // given.sequences)),
+        "modes": modes,
+    }
+
+
+def _table(report: dict) -> str:
+    modes = report["modes"]
+    names = sorted({name for mode in modes.values() for name in mode["parts"]})
+    names.sort(key=lambda name: -max(mode["parts"].get(name, 0) for mode in modes.values()))
+    rows = [(f"  {name}", [_gb(m["parts"].get(name, 0)) for m in modes.values()]) for name in names]
+    rows = [("peak, GB", [_gb(mode["peak"]) for mode in modes.values()]), *rows]
+    rows.append(("host, GB", [_gb(mode["host"]) for mode in modes.values()]))
+    if report["gpu"] is not None:
+        rows.append(("fits", ["yes" if mode["fits"] else "no" for mode in modes.values()]))
+        rows.append(("largest tokens", [f"{m['largest_tokens']:,}" for m in modes.values()]))
+    rows.append(("PFLOP executed", [f"{mode['flops'] / 1e15:.3g}" for mode in modes.values()]))
+    if all("seconds" in mode for mode in modes.values()):
+        rows.append(("seconds", [f"{mode['seconds']:.3g}" for mode in modes.values()]))
+    width = max(len(name) for name, _ in rows)
+    wide = [max(len(mode), 9) for mode in modes]
+    limit = "" if report["gpu"] is None else f", {_gb(report['gpu'])} GB of memory"
+    lines = [
+        f"Predicted, not measured: {report['model']}, {report['parameters'] / 1e9:.2f} B parameters"
+        f", {report['tokens']:,} tokens, {report['dtype']}, {report['optimizer']}, "
+        f"{report['device']}{limit}; {report['model_flops'] / 1e15:.3g} PFLOP needed",
+        "",
+        " ".join([" " * width, *(f"{m:>{w}}" for m, w in zip(modes, wide, strict=True))]),
+    ]
+    for name, cells in rows:
+        padded = (f"{cell:>{w}}" for cell, w in zip(cells, wide, strict=True))
+        lines.append(" ".join([f"{name:<{width}}", *padded]))
+    return "\n".join(lines)
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.2f}" if size else "-"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -224,7 +224,7 @@ class Layer:
         """Leaves its result, of x bytes, unless `last` is false."""
         part, x, m = "mlp", self.x, self.m
         if self.mlp_rows:
-            account.brief(part, self._tile(4))
+            account.brief(part, self._tile(2))
             account.add(part, x if last else 0)
             return
         account.add(part, m, m)
@@ -250,7 +250,7 @@ class Layer:
         if self.mlp_rows:
             account.add("norms", x)
             account.add("weight gradient sums", 12 * matrix)
-            account.brief(part, self._tile(8))
+            account.brief(part, self._tile(3))
             for numel in (down, side, side):
                 gradients.deliver(account, numel)
             account.drop("weight gradient sums", 12 * matrix)

@@ -19,7 +19,7 @@ LAYERS = {
         "attention_parts",
         "shared_prefixes",
         "prefix_attention",
-        "shards head_contract balance memory_events",
+        "shards head_contract balance memory_events memory_step",
         "chunked_head",
         "_native _triton _cuda",
         "head_inputs forward_gradients linear_logp_ops linear_policy_loss_ops kept_logp",

@@ -49,14 +49,13 @@ def test_a_sample_without_completion_has_no_rows():
 def test_packs_keep_to_the_budget_and_lose_nothing():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 60, (200,), generator=generator).tolist()
-    contents = batch.bins(lengths, 100)
-    assert sorted(index for content in contents for index in content) == list(range(200))
-    assert all(sum(lengths[index] for index in content) <= 100 for content in contents)
-    assert len(contents) <= 1.1 * sum(lengths) / 100 + 1
-
-
-def test_a_sequence_longer_than_the_budget_stands_alone():
-    assert batch.bins([5, 50, 5], 10) == [[1], [0, 2]]
+    samples = [
+        Sample(tokens=(index,) * length, cross_entropy=1.0) for index, length in enumerate(lengths)
+    ]
+    packs = batch.packs_of(samples, 100)
+    assert sorted(x for pack in packs for x in set(pack.tokens_T.tolist())) == list(range(200))
+    assert all(len(pack.tokens_T) <= 100 for pack in packs)
+    assert len(packs) <= 1.1 * sum(lengths) / 100 + 1
 
 
 def test_each_sample_is_in_exactly_one_minibatch():
@@ -103,7 +102,7 @@ def test_samples_of_groups(keep_zero):
         (lambda: Sample(tokens=(1, 2), context=0), "context: expected 1 to 2"),
         (lambda: Sample(tokens=(1, 2, 3), context=1, policy=1.0), "logp_sampler: 0 values for 2"),
         (lambda: batch.pack([]), "samples: expected at least one"),
-        (lambda: batch.bins([1], 0), "budget: expected a positive number of tokens, got 0"),
+        (lambda: batch.packs_of([sampled(1, 1)], 0), "max_tokens: expected a positive number"),
         (
             lambda: batch.minibatches_of([sampled(1, 1)], size=0, budget=1, generator=None),
             "size: expected",
