@@ -38,8 +38,8 @@ def offloaded_checkpoint(
         function: anything callable, a compiled module too; must do the same when it is run again.
         store: where inputs wait; None: one store of this process that keeps nothing on the GPU but
             what was put last. Share one among layers: it has the pinned memory.
-        save_attention: output and log-sum-exp of every `r1kernels.varlen_attention` in the function
-            are kept in the store too, and not computed again.
+        save_attention: output and log-sum-exp of every `varlen_attention` and `prefix_attention` in
+            the function are kept in the store too, and not computed again.
 
     Returns:
         What the function returns.
@@ -48,7 +48,7 @@ def offloaded_checkpoint(
         graph is kept (retain_graph).
     Memory: on the device, in the backward, the inputs of the call that runs and of the one before.
     Raises: TypeError on a function or store of another type; ValueError with save_attention when
-        the function calls no varlen_attention; RuntimeError, in the backward, when an input was
+        the function calls no such attention; RuntimeError, in the backward, when an input was
         modified in place; HostMemoryError when the host has no room.
     Source: Chen et al. 2016, arXiv:1604.06174; docs/ops/offloaded_checkpoint.md.
     """
@@ -67,7 +67,7 @@ def offloaded_checkpoint(
         result = checkpoint(function, *args, use_reentrant=False, **options)
     if save_attention and not segment.attention:
         raise ValueError(
-            "save_attention=True, and the function called no r1kernels.varlen_attention: give the "
+            "save_attention=True, and the function called no attention of r1kernels: give the "
             'model attn_implementation="r1kernels" (r1kernels.register_attention), or pass False'
         )
     return result

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from r1kernels import check
 from r1kernels.attention_parts import attend, attend_backward, merge
+from r1kernels.saved_attention import remembered
 from r1kernels.shared_prefixes import SharedPrefixes
 
 NAME = "r1kernels_prefix"
@@ -96,16 +97,20 @@ def _transformers_attention(
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query_THE, key_TNE, value_TNE, layout, scale):
-        out_THE, lse_TH = attend(
-            query_THE, key_TNE, value_TNE, layout.own, causal=True, scale=scale
-        )
-        if layout.cross is not None:
-            prompts, rest = layout.prompts, layout.completions
-            part = attend(
-                query_THE[rest], key_TNE[prompts], value_TNE[prompts], layout.cross,
-                causal=False, scale=scale,
-            )  # fmt: skip
-            out_THE[rest], lse_TH[rest] = merge(out_THE[rest], lse_TH[rest], *part)
+        def compute():
+            out_THE, lse_TH = attend(
+                query_THE, key_TNE, value_TNE, layout.own, causal=True, scale=scale
+            )
+            if layout.cross is not None:
+                prompts, rest = layout.prompts, layout.completions
+                part = attend(
+                    query_THE[rest], key_TNE[prompts], value_TNE[prompts], layout.cross,
+                    causal=False, scale=scale,
+                )  # fmt: skip
+                out_THE[rest], lse_TH[rest] = merge(out_THE[rest], lse_TH[rest], *part)
+            return out_THE, lse_TH
+
+        out_THE, lse_TH = remembered(compute)
         ctx.save_for_backward(query_THE, key_TNE, value_TNE, out_THE, lse_TH)
         ctx.layout, ctx.scale = layout, scale
         return out_THE

@@ -7,6 +7,7 @@ from r1kernels import attention_kernels, check, packing
 from r1kernels.attention_kernels import Rule
 from r1kernels.attention_parts import Bounds, attend, attend_backward
 from r1kernels.backend import isolated
+from r1kernels.saved_attention import remembered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -147,11 +148,14 @@ def varlen_attention_fwd(query, key, value, *args):
         ):
             if ends[-1] != len(x):
                 raise ValueError(f"{name} must end at {len(x)} tokens, got {ends[-1]}")
-    out_THE, lse_TH = attend(
-        query, key, value, bounds, causal=causal, scale=scale, window=window,
-        softcap=softcap,
-    )  # fmt: skip
-    return out_THE.contiguous(), lse_TH.contiguous()
+
+    def compute():
+        out_THE, lse_TH = attend(
+            query, key, value, bounds, causal=causal, scale=scale, window=window, softcap=softcap
+        )
+        return out_THE.contiguous(), lse_TH.contiguous()
+
+    return remembered(compute)
 
 
 @varlen_attention_fwd.register_fake

@@ -1,6 +1,7 @@
 """offloaded_checkpoint and checkpoint_layers: the gradients of torch's own, and what is kept."""
 
 import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -14,10 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from r1kernels import host_store, pinned_pool
+from r1kernels import (
+    SharedPrefixes,
+    host_store,
+    pinned_pool,
+    prefix_attention,
+    register_attention,
+    varlen_attention,
+)
 from r1kernels.host_store import HostStore
 from r1kernels.offloaded_checkpoint import checkpoint_layers, offloaded_checkpoint
-from r1kernels.saved_attention import remembered
 from tests.ops import offload_ranks
 from tests.ops.fake_streams import EagerStreams
 
@@ -265,32 +272,13 @@ def test_bad_arguments():
         offloaded_checkpoint(x, x)
     with pytest.raises(TypeError, match="store must be a HostStore, got int 3"):
         offloaded_checkpoint(torch.sin, x, store=3)
-    with pytest.raises(ValueError, match=r"called no r1kernels\.varlen_attention: give"):
+    with pytest.raises(ValueError, match=r"called no attention of r1kernels: give"):
         offloaded_checkpoint(torch.sin, x, save_attention=True)
 
 
-class Attention(torch.autograd.Function):
-    """One head, whole rows; counts its forwards."""
-
-    calls = 0
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        def compute():
-            Attention.calls += 1
-            scores = q @ k.T
-            return scores.softmax(-1) @ v, scores.logsumexp(-1)
-
-        out, lse = remembered(compute)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        q, k, v, out, lse = ctx.saved_tensors
-        p = (q @ k.T - lse[:, None]).exp()
-        dscores = p * (dout @ v.T - (dout * out).sum(-1, keepdim=True))
-        return dscores @ k, dscores.T @ q, p.T @ dout
+def attention(q, k, v):
+    """One head, one sequence."""
+    return varlen_attention(*(x[:, None] for x in (q, k, v)), torch.tensor([0, len(q)]))[:, 0]
 
 
 class Block(nn.Module):
@@ -301,31 +289,68 @@ class Block(nn.Module):
 
     def forward(self, x):
         for _ in range(self.calls):
-            x = x + self.out(Attention.apply(*self.qkv(x).split(D, -1)))
+            x = x + self.out(attention(*self.qkv(x).split(D, -1)))
         return x
 
 
-def test_attention_is_not_computed_again(store):
+@pytest.fixture
+def attended(monkeypatch) -> list[int]:
+    """Grows by one whenever an attention computes its output."""
+    calls = []
+    for name in ("varlen_attention", "prefix_attention"):
+        module = importlib.import_module(f"r1kernels.{name}")
+        monkeypatch.setattr(module, "attend", partial(_counted, module.attend, calls))
+    return calls
+
+
+def _counted(attend, calls, *args, **options):
+    calls.append(1)
+    return attend(*args, **options)
+
+
+def test_attention_is_not_computed_again(store, attended):
     torch.manual_seed(0)
     model = nn.ModuleList([Block(), Block(2), Block()]).double()
-    Attention.calls = 0
     ours = partial(offloaded_checkpoint, store=store, save_attention=True)
     found = gradients(model, ours)
-    assert Attention.calls == 4
-    assert equal(found, gradients(model, torch_checkpoint)) and Attention.calls == 4 + 8
-    assert equal(found, gradients(model, plain))
-    # Not seen by what is not asked to keep it, inside or outside.
+    assert len(attended) == 4
+    assert equal(found, gradients(model, torch_checkpoint)) and len(attended) == 4 + 8
+    assert equal(found, gradients(model, plain)) and len(attended) == 4 + 8 + 4
+    # Around it, a checkpoint that keeps nothing of attention.
     assert equal(found, gradients(model, lambda f, x: torch_checkpoint(partial(ours, f), x)))
     assert store.usage()[:2] == (0, 0)
 
 
-def test_attention_of_a_kept_graph(store):
+def test_attention_of_a_kept_graph(store, attended):
     torch.manual_seed(0)
     block, x = Block(2).double(), torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     y = offloaded_checkpoint(block, x, store=store, save_attention=True)
-    Attention.calls = 0
     first, second = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second) and Attention.calls == 0
+    assert torch.equal(first, second) and len(attended) == 2
+
+
+def test_attention_of_shared_prefixes(store, attended):
+    torch.manual_seed(0)
+    layout = SharedPrefixes([(3, [2, 4])])
+    x = torch.randn(9, 1, D, dtype=torch.float64, requires_grad=True)
+
+    def function(x):
+        return prefix_attention(x, x.sin(), x.cos(), layout)
+
+    y = offloaded_checkpoint(function, x.clone(), store=store, save_attention=True)
+    found = torch.autograd.grad(y.square().sum(), x)[0]
+    assert len(attended) == 2
+    assert torch.equal(found, torch.autograd.grad(function(x).square().sum(), x)[0])
+
+
+def test_attention_of_a_compiled_layer(attended):
+    torch.manual_seed(0)
+    store, model = HostStore(streams=EagerStreams()), nn.ModuleList([Block()]).double()
+    compiled = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    ours = partial(offloaded_checkpoint, store=store, save_attention=True)
+    found = gradients(model, lambda _, x: ours(compiled, x))
+    assert len(attended) == 1
+    assert equal(found, gradients(model, lambda _, x: compiled(x)))
 
 
 def test_a_function_that_does_more_when_it_is_run_again_is_an_error():
@@ -334,15 +359,14 @@ def test_a_function_that_does_more_when_it_is_run_again_is_an_error():
     block.calls = 0
     with pytest.raises(RuntimeError, match="number of tensors"):
         torch.autograd.grad(y.sum(), x, retain_graph=True)
-    block.forward = lambda x: Attention.apply(x, x, Attention.apply(x, x, x))
+    block.forward = lambda x: attention(x, x, attention(x, x, x).exp())
     with pytest.raises(RuntimeError, match="more than the 1 times of its first pass"):
         torch.autograd.grad(y.sum(), x)
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])
-def decoder(request):
+def build(name: str, dropout: float):
     transformers = pytest.importorskip("transformers")
-    title = {"qwen2": "Qwen2", "llama": "Llama"}[request.param]
+    title = {"qwen2": "Qwen2", "llama": "Llama"}[name]
     config = getattr(transformers, f"{title}Config")(
         vocab_size=40,
         hidden_size=16,
@@ -351,18 +375,23 @@ def decoder(request):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        attention_dropout=0.2,
-        tie_word_embeddings=request.param == "qwen2",
+        attention_dropout=dropout,
+        tie_word_embeddings=name == "qwen2",
     )
     torch.manual_seed(0)
     return getattr(transformers, f"{title}ForCausalLM")(config).train()
 
 
-def decoder_gradients(model) -> list[Tensor]:
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def decoder(request):
+    return build(request.param, dropout=0.2)
+
+
+def decoder_gradients(model, padded: bool = True) -> list[Tensor]:
     torch.manual_seed(1)
     ids = torch.randint(40, (2, 13))
     mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
+    mask[1, 9:] = 0 if padded else 1
     loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
@@ -387,6 +416,19 @@ def test_layers_of_a_decoder(decoder):
         assert equal(decoder_gradients(decoder), before)
     finally:
         decoder.gradient_checkpointing_disable()
+
+
+def test_attention_of_a_decoder(attended):
+    model = build("qwen2", dropout=0.0)
+    model.set_attn_implementation(register_attention())
+    before = decoder_gradients(model, padded=False)
+    attended.clear()
+    with checkpoint_layers(model) as done:
+        assert equal(decoder_gradients(model, padded=False), before) and len(attended) == 6
+    attended.clear()
+    with checkpoint_layers(model, save_attention=True) as done:
+        done.store._given_streams = EagerStreams()
+        assert equal(decoder_gradients(model, padded=False), before) and len(attended) == 3
 
 
 def test_models_without_the_hook_are_refused_by_name(decoder):
