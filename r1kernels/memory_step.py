@@ -54,7 +54,7 @@ class Step:
         self.offload = mode.endswith("+offload")
         self.host = optimizer.host * shape.params
         if self.offload:
-            self.host += (shape.layers - 1) * layer.x
+            self.host += shape.layers * layer.x
 
     def run(self) -> Account:
         account, layer, x = self.account, self.layer, self.layer.x
