@@ -6,6 +6,7 @@ A model loaded with `attn_implementation=NAME` hands every layer's queries, keys
 - `PackedPlan`: T tokens of B sequences, one row; a token sees its own sequence's past only. On
   CUDA in half precision flash-attn's or torch's variable-length kernel; elsewhere sequences of
   similar length are padded together and run through scaled_dot_product_attention.
+- `SharedPlan`: the same sequences, with prompts that several of them share there once.
 - `DecodePlan`: one new token for each of B rows, keys and values in a cache that it owns.
 
 Shapes: T tokens, B rows, S slots, H query heads, N key-value heads, E head width, L layers.
@@ -16,6 +17,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from r1kernels import prefix_attention
+from r1kernels.shared_prefixes import SharedPrefixes
 
 NAME = "r1_plan"
 
@@ -69,8 +73,11 @@ class PackedPlan:
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         self.cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
         self._buckets = None
+        # whether a layer had a window or capped scores, once the model has run
+        self.restricted = False
 
     def attend(self, layer, query_THE, key_TNE, value_TNE, scale, window, softcap):
+        self.restricted |= bool(window or softcap)
         if self.store is not None:
             self.store.append((key_TNE, value_TNE))
         kernel = _varlen_kernel(query_THE, softcap)
@@ -194,6 +201,22 @@ def _torch_varlen(query, key, value, cu_seqlens, max_len, scale, window, softcap
         query.contiguous(), key.contiguous(), value.contiguous(), cu_seqlens, cu_seqlens,
         max_len, max_len, scale=scale, window_size=(window - 1 if window else -1, 0), **grouped,
     )  # fmt: skip
+
+
+class SharedPlan:
+    """How the tokens of one packed row attend in which shared prompts are there once."""
+
+    def __init__(self, layout: SharedPrefixes):
+        self.layout = layout
+        self.positions = layout.position_ids
+
+    def attend(self, layer, query_THE, key_TNE, value_TNE, scale, window, softcap):
+        if softcap or (window and window < self.layout.longest):
+            raise ValueError(
+                f"layer {layer} has a window of {window} tokens or scores capped at {softcap}, "
+                'which shared prompts do not go with: rl.share_prefix = "never"'
+            )
+        return prefix_attention(query_THE, key_TNE, value_TNE, self.layout, scale=scale)
 
 
 class DecodePlan:

@@ -64,7 +64,7 @@ def score(model: CausalLM, pack: Pack, temperature: float) -> Scores:
     `logp_T` to the last bit.
     """
     with torch.no_grad():
-        hidden_TD = model.hidden(pack.tokens_T, pack.cu_seqlens)
+        hidden_TD = hidden_rows(model, pack)
         out = linear_logp(
             hidden_TD,
             model.head.weight,
@@ -86,7 +86,7 @@ def pack_loss(
     temperature: float,
 ) -> PackLoss:
     """The pack's share of the loss of a whole optimizer step, whose global counts are `counts`."""
-    hidden_TD = model.hidden(pack.tokens_T, pack.cu_seqlens)
+    hidden_TD = hidden_rows(model, pack)
     loss = hidden_TD.new_zeros((), dtype=torch.float32)
     metrics: dict[str, Tensor] = {}
     logp_T = None
@@ -128,6 +128,13 @@ def cross_entropy(model: CausalLM, hidden_TD: Tensor, pack: Pack, normalizer: fl
         return weights_T[rows_N] * logp_N
 
     return linear_loss(hidden_TD, model.head.weight, targets_T, weighted, **_head_options(model))
+
+
+def hidden_rows(model: CausalLM, pack: Pack) -> Tensor:
+    """The hidden state that each row of the pack's streams belongs to."""
+    if pack.layout is None:
+        return model.hidden(pack.tokens_T, pack.cu_seqlens)
+    return model.shared_hidden(pack.tokens_T, pack.layout)
 
 
 def policy_targets(pack: Pack) -> Tensor:

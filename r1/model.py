@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from r1 import attention, toy
+from r1kernels.shared_prefixes import SharedPrefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,8 @@ class CausalLM:
         self.module = module
         self.tokenizer = tokenizer
         self.text_config = module.config.get_text_config()
+        # whether every layer sees all of a sequence's past, as batches with shared prompts need
+        self.shares_prefixes = True
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +104,24 @@ class CausalLM:
                 f"sequences must have 1 to {self.max_length} tokens, got lengths {lengths[:8]}"
             )
         return self.run(tokens, attention.PackedPlan(lengths, tokens.device))
+
+    def shared_hidden(self, tokens: Tensor, layout: SharedPrefixes) -> Tensor:
+        """Hidden states before the head that predict the completions of a batch whose prompts are
+        there once, [R, D] in the order of `layout.rows`.
+
+        Args:
+            tokens: [T] int64.
+            layout: of these tokens, on the model's device.
+
+        Raises: ValueError when the layout is of other tokens, a sequence is longer than max_length
+            or a layer does not see all of it.
+        """
+        layout.check_tokens("tokens", tokens)
+        if layout.longest > self.max_length:
+            raise ValueError(
+                f"sequences must have 1 to {self.max_length} tokens, got one of {layout.longest}"
+            )
+        return layout.head_rows(self.run(tokens, attention.SharedPlan(layout)))
 
     def run(self, tokens_T: Tensor, plan) -> Tensor:
         """Hidden states [T, D] of one row of tokens that attend as `plan` says."""
@@ -263,6 +284,7 @@ def _check(lm: CausalLM, path: str) -> None:
             .float()
         )
     lm.module.train(was_training)
+    lm.shares_prefixes = not plan.restricted
     leak = (second_TD - hidden_TD).abs().max() / hidden_TD.abs().max().clamp_min(1e-6)
     if not leak <= HEAD_TOLERANCE[lm.dtype]:
         raise ValueError(

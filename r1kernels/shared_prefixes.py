@@ -8,7 +8,7 @@ Shapes: T tokens of the packed row, U tokens without sharing, B sequences, P gro
 predict a token of a completion, D hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
 
 import torch
@@ -25,10 +25,14 @@ WORTH_SHARING = 1.2
 Group = tuple[int, Sequence[int]]
 
 
-def token_ratio(groups: Sequence[Group]) -> float:
+def token_ratio(groups: Iterable[Group]) -> float:
     """Tokens that the groups' sequences have over those left when each prompt is there once."""
-    unshared = sum(prompt * len(completions) + sum(completions) for prompt, completions in groups)
-    return unshared / sum(prompt + sum(completions) for prompt, completions in groups)
+    unshared = shared = 0
+    for prompt, completions in groups:
+        total = sum(completions)
+        unshared += prompt * len(completions) + total
+        shared += prompt + total
+    return unshared / shared
 
 
 class SharedPrefixes:

@@ -172,6 +172,7 @@ def minibatches(groups: Sequence[Group], session: Session, rl: RL) -> list[Minib
         size=rl.minibatch_size or rl.prompts_per_step * rl.group_size,
         budget=rl.micro_batch_tokens,
         generator=session.generators["minibatches"],
+        share=rl.share_prefix == "auto" and session.model.shares_prefixes,
     )
 
 

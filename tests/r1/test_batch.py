@@ -81,6 +81,60 @@ def test_samples_without_gradient_are_counted_and_stand_apart():
     assert [pack.num_sequences for pack in part.idle] == [1]
 
 
+def answers(prompt, lengths, **options):
+    """Samples that go on from one prompt, each with tokens of its own."""
+    return [
+        Sample(
+            tokens=(*prompt, *(100 * index + n for n in range(length))), context=len(prompt),
+            policy=1.0, advantage=index - 0.5, logp_sampler=(-1.0 - index,) * length, **options,
+        )
+        for index, length in enumerate(lengths)
+    ]  # fmt: skip
+
+
+def test_a_pack_of_units_has_a_row_for_every_sampled_token():
+    alone = Sample(tokens=(7, 8, 9), context=2, cross_entropy=0.5)
+    pack = batch.pack_units([answers((5, 6), [2, 1]), [alone]])
+    assert pack.tokens_T.tolist() == [5, 6, 0, 1, 100, 7, 8, 9]
+    assert pack.layout.rows.tolist() == [1, 2, 1, 6]
+    assert pack.targets_T.tolist() == [0, 1, 100, 9]
+    assert pack.policy_T.tolist() == [1, 1, 1, 0]
+    assert pack.cross_entropy_T.tolist() == [0, 0, 0, 0.5]
+    assert pack.advantages_T.tolist() == [-0.5, -0.5, 0.5, 0]
+    assert pack.logp_sampler_T.tolist() == [-1, -1, -2, 0]
+    assert pack.sequence_T.tolist() == [0, 0, 1, 2] and pack.cu_seqlens.tolist() == [0, 2, 3, 4]
+    assert pack.num_sequences == 3
+
+
+def test_contexts_are_shared_where_it_pays_and_fit_the_budget():
+    long, short = answers(range(50), [20] * 9), answers(range(9), [40, 40])
+    units = batch.units_of([*short, *long, *answers((1, 2), [0, 5])], 120)
+    # 3 of 50 + 3 x 20 tokens each; a prompt of 9 would save 9 of 98; nothing to predict, no row
+    assert sorted(map(len, units)) == [1, 1, 1, 3, 3, 3]
+    packs = batch.packs_of([*short, *long], 120, share=True)
+    assert max(len(pack.tokens_T) for pack in packs) <= 120
+    assert sum(pack.num_sequences for pack in packs) == 11
+    assert sum(int((pack.policy_T != 0).sum()) for pack in packs) == 9 * 20 + 2 * 40
+    assert sum(pack.layout is not None for pack in packs) == 3
+    assert all(pack.layout is None for pack in batch.packs_of([*short, *long], 120))
+    many = [one for n in range(40) for one in answers((n, 3), [60])]
+    assert set(map(len, batch.units_of([*many, *long], 1000))) == {1}
+
+
+def test_sharing_moves_no_sample_to_another_minibatch():
+    samples = [one for n in range(10) for one in answers((n, *range(30)), [3, 4, 5])]
+    found = []
+    for share in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        parts = batch.minibatches_of(samples, size=8, budget=1000, generator=generator, share=share)
+        logps = [torch.cat([pack.logp_sampler_T for pack in part.packs]) for part in parts]
+        found.append([(part.counts, x[x != 0].sort().values.tolist()) for part, x in zip(
+            parts, logps, strict=True
+        )])  # fmt: skip
+        assert any(pack.layout is not None for part in parts for pack in part.packs) == share
+    assert found[0] == found[1]
+
+
 def group(rewards):
     prompt = Prompt("p", "q", "a", "t", tokens=(1, 2, 3))
     completions = [Completion((4, 5), (-0.5, -0.25), "stop", 0) for _ in rewards]
@@ -103,6 +157,7 @@ def test_samples_of_groups(keep_zero):
         (lambda: Sample(tokens=(1, 2, 3), context=1, policy=1.0), "logp_sampler: 0 values for 2"),
         (lambda: batch.pack([]), "samples: expected at least one"),
         (lambda: batch.packs_of([sampled(1, 1)], 0), "max_tokens: expected a positive number"),
+        (lambda: batch.pack_units([]), "units: expected at least one"),
         (
             lambda: batch.minibatches_of([sampled(1, 1)], size=0, budget=1, generator=None),
             "size: expected",

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from r1 import checkpoint, toy
-from r1.config import Model
+from r1.config import Model, Toy
 from r1.model import CausalLM, Head, load, load_tokenizer
+from r1kernels import share_prefixes
 
 LENGTHS = [5, 1, 9, 3]
 TOY = Model(path="toy", dtype="float32")
@@ -112,6 +113,29 @@ def test_gradients_of_packed_sequences_are_the_sum_of_theirs():
     packed = gradient([(tokens, LENGTHS)])
     alone = gradient([(t, [len(t)]) for t in tokens.split(LENGTHS)])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+def test_a_layer_that_does_not_see_all_of_the_past_refuses_shared_prompts(pair):
+    _, lm = pair
+    # gemma2 has windows and capped scores
+    limited = lm.text_config.model_type == "gemma2"
+    assert lm.shares_prefixes is not limited
+    tokens, layout = share_prefixes([([5, 6, 7], [[8, 9], [10, 11, 12]])])
+    with torch.no_grad():
+        if limited:
+            with pytest.raises(ValueError, match=r"scores capped at 1\.0.*rl\.share_prefix"):
+                lm.shared_hidden(tokens, layout)
+            return
+        rows = lm.shared_hidden(tokens, layout)
+        plain = lm.hidden(layout.unshared(tokens), layout.cu_seqlens)
+    torch.testing.assert_close(rows, plain[[2, 3, 7, 8, 9]], rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_sequence_over_the_models_length_is_named():
+    tokens, layout = share_prefixes([(range(3, 90), [range(3, 90), range(3, 90), range(3, 90)])])
+    lm = load(Model(path="toy", dtype="float32", toy=Toy(max_positions=100)))
+    with pytest.raises(ValueError, match="1 to 100 tokens, got one of 174"):
+        lm.shared_hidden(tokens, layout)
 
 
 @pytest.mark.gpu

@@ -69,7 +69,10 @@ def test_advantages_come_before_the_shuffle_and_masked_outputs_go_after(truncate
         trainer=SimpleNamespace(objective=objective_of(config.Objective(preset="dapo"))),
         generators={"minibatches": torch.Generator().manual_seed(0)},
     )
-    settings = config.RL(truncated=truncated, minibatch_size=2, group_size=4, prompts_per_step=1)
+    settings = config.RL(
+        truncated=truncated, minibatch_size=2, group_size=4, prompts_per_step=1,
+        share_prefix="never",
+    )  # fmt: skip
     found = {}
     for part in rl.minibatches([group], session, settings):
         for pack in part.packs:
@@ -78,6 +81,21 @@ def test_advantages_come_before_the_shuffle_and_masked_outputs_go_after(truncate
     assert len(found) == outputs and (1 in found) == (truncated == "keep")
     # mean 1/4, standard deviation 1/2: masking an output does not change the others' advantages
     assert found[0] == pytest.approx(1.5, abs=1e-5) and found[2] == pytest.approx(-0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("share", ["auto", "never"])
+def test_prompts_are_shared_where_the_settings_and_the_model_allow(share, able):
+    completions = [completion("x", tokens=(n, n)) for n in range(4)]
+    group = Group(prompt(), completions, [1.0, 0.0, 0.0, 0.0], [{}] * 4)
+    session = SimpleNamespace(
+        trainer=SimpleNamespace(objective=objective_of(config.Objective(preset="dapo"))),
+        generators={"minibatches": torch.Generator().manual_seed(0)},
+        model=SimpleNamespace(shares_prefixes=able),
+    )
+    settings = config.RL(group_size=4, prompts_per_step=1, share_prefix=share)
+    [part] = rl.minibatches([group], session, settings)
+    assert [pack.layout is not None for pack in part.packs] == [share == "auto" and able]
 
 
 def test_failed_rewards_and_skipped_updates_are_told():

@@ -104,6 +104,56 @@ def test_idle_samples_change_nothing_but_cost():
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
 
 
+def grouped(groups=4, size=3, seed=0, **weights):
+    """Samples in groups that share their context."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count):
+        return torch.randint(3, 90, (count,), generator=generator).tolist()
+
+    made = []
+    for index in range(groups):
+        context = ids(9 + 4 * index)
+        for number in range(size):
+            tokens = ids(2 + 3 * number + index)
+            logps = (-5 * torch.rand(len(tokens), generator=generator)).tolist()
+            made.append(
+                Sample(
+                    tokens=context + tokens, context=len(context), advantage=number - 0.8,
+                    logp_sampler=logps, **weights,
+                )
+            )  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize(
+    ("objective", "weights"),
+    [
+        ("dapo", {"policy": 1.0}),
+        ("gspo", {"policy": 1.0}),
+        ("dapo", {"policy": 1.0, "cross_entropy": 0.3}),
+    ],
+)
+@pytest.mark.parametrize("budget", [70, 1000])
+def test_shared_prompts_do_not_change_the_step(objective, weights, budget):
+    chosen = [*grouped(**weights), *samples(3)]
+    ones, found = [], []
+    for share in (False, True):
+        one = trainer(objective=objective)
+        part = with_old(one, batch.minibatch_of(chosen, budget, share))
+        found.append(one.step(part))
+        ones.append(one)
+    assert any(pack.layout is not None and pack.layout.worth_sharing for pack in part.packs)
+    assert found[1]["ratio"] == found[1]["tokens"] == found[0]["tokens"]
+    for name in ("loss", "grad_norm", "entropy", "sampler_gap"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5, abs=1e-7)
+    masters = [one.optimizer.masters for one in ones]
+    for plain, other in zip(*masters, strict=True):
+        torch.testing.assert_close(
+            other.grad, plain.grad, rtol=1e-4, atol=1e-5 * float(plain.grad.abs().max())
+        )
+
+
 def test_a_minibatch_without_live_samples_has_gradient_zero():
     one = trainer()
     before = weights(one)
