@@ -18,7 +18,7 @@ from r1kernels.objective import PolicyObjective
 from r1kernels.offloaded_checkpoint import checkpoint_layers, offloaded_checkpoint
 from r1kernels.patch import patch, unpatch
 from r1kernels.policy_loss import policy_loss
-from r1kernels.prefix_attention import prefix_attention, register_prefix_attention
+from r1kernels.prefix_attention import prefix_attention
 from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.reference.token_logp import Logp
 from r1kernels.shared_prefixes import SharedPrefixes, share_prefixes
@@ -51,7 +51,6 @@ __all__ = [
     "policy_loss",
     "prefix_attention",
     "register_attention",
-    "register_prefix_attention",
     "share_prefixes",
     "tile_mlps",
     "tiled_mlp",

@@ -1,10 +1,11 @@
-"""`varlen_attention` as an attention implementation of transformers, for packed batches."""
+"""`varlen_attention` and `prefix_attention` as one attention implementation of transformers."""
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from r1kernels.packing import cu_seqlens_from_lengths
+from r1kernels.prefix_attention import prefix_attention
 from r1kernels.varlen_attention import varlen_attention
 
 NAME = "r1kernels"
@@ -24,9 +25,14 @@ def register_attention() -> str:
     `max_length_k`, which a GPU need not be waited for and torch.compile needs. Rows of a batch are
     sequences of their own; keys from a cache stand before the queries.
 
+    A batch of `share_prefixes`, in which a prompt is there once for several sequences, goes by
+    `prefix_attention`: `model(input_ids=tokens[None], position_ids=layout.position_ids[None],
+    use_cache=False, layout=layout)`.
+
     In the model's forward, ValueErrors that name the module refuse what would be computed wrongly:
     padding or another mask, dropout, attention sinks, position biases, attention weights as a
-    result, attention that is not causal, packed sequences on top of a cache.
+    result, attention that is not causal, packed sequences on top of a cache; with a layout also
+    capped scores and a window shorter than the longest sequence.
 
     Returns: the name, "r1kernels". May be called more than once.
     """
@@ -53,6 +59,7 @@ def _attention(
     cu_seq_lens_k=None,
     max_length_q=None,
     max_length_k=None,
+    layout=None,
     **options,
 ):
     """query [B, H, Lq, E], key and value [B, N, Lk, E] -> ([B, Lq, H, E], None)."""
@@ -70,6 +77,22 @@ def _attention(
             raise ValueError(f"{where}: {said} by the attention implementation {NAME!r}")
     B, H, Lq, E = query.shape
     Lk = key.shape[2]
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        packed = [x.to(torch.get_autocast_dtype(device)) for x in packed]
+    if layout is not None:
+        for wrong, said in (
+            (B != 1 or Lk != Lq, f"{B} rows of {Lq} tokens and {Lk} keys"),
+            (softcap, f"scores capped at {softcap}"),
+            (
+                sliding_window and sliding_window < layout.longest,
+                f"a window of {sliding_window} tokens, shorter than the longest sequence",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"{where}: a layout of shared prompts does not go with {said}")
+        return prefix_attention(*packed, layout, scale=scaling).unsqueeze(0), None
     if cu_seq_lens_q is None:
         if position_ids is None:
             raise ValueError(
@@ -88,10 +111,6 @@ def _attention(
         raise ValueError(f"{where}: cu_seq_lens_q with a key cache is not supported")
     if cu_seq_lens_k is cu_seq_lens_q:
         cu_seq_lens_k = None
-    packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        packed = [x.to(torch.get_autocast_dtype(device)) for x in packed]
     out_THE = varlen_attention(
         *packed,
         cu_seq_lens_q,

@@ -15,7 +15,7 @@ from r1kernels.attention_parts import attend, attend_backward, merge
 from r1kernels.saved_attention import remembered
 from r1kernels.shared_prefixes import SharedPrefixes
 
-NAME = "r1kernels_prefix"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def prefix_attention(
@@ -26,6 +26,8 @@ def prefix_attention(
     What `varlen_attention` gives on the batch without sharing, at the rows that are left. The
     completions of a group are one sequence of queries against their prompt's keys, so nothing is
     copied per completion, and a prompt's gradients come out summed over them.
+
+    A transformers model under `register_attention` calls it when it is given `layout=`.
 
     Args:
         query: [T, H, E] float32, float64, bfloat16 or float16, rotated by `layout.position_ids`.
@@ -39,13 +41,18 @@ def prefix_attention(
     Numerics: parts are merged in float32 (float64 for float64); in the backward both take the
         merged output and log-sum-exp, so their probabilities are those of the whole softmax, and
         the gradients of keys and values are summed in float32 before they are rounded.
-    Raises: TypeError on a layout of another type; ValueError on shapes that do not fit, a layout of
-        another batch among them.
+    Raises: TypeError on dtypes and a layout of another type; ValueError on devices and on shapes
+        that do not fit, a layout of another batch among them.
     Source: docs/ops/prefix_attention.md.
     """
     if not isinstance(layout, SharedPrefixes):
         raise TypeError(f"layout must be a SharedPrefixes, got {check.describe(layout)}")
     layout.check_tokens("query", query)
+    check.dtype_in("query", query, DTYPES)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check.local(name, x)
+        check.dtype_in(name, x, (query.dtype,))
+        check.device(name, x, query.device)
     if query.ndim != 3 or key.ndim != 3 or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
             "query must be [T, H, E] and key [T, N, E] with N a divisor of H, "
@@ -55,43 +62,6 @@ def prefix_attention(
     check.shape("value", value, key.shape, "that of key")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return _PrefixAttention.apply(query, key, value, layout, scale)
-
-
-def register_prefix_attention() -> str:
-    """Make "r1kernels_prefix" an attention implementation of transformers; returns the name.
-
-    A model with it runs a shared layout unchanged: `model(input_ids=tokens[None],
-    position_ids=layout.position_ids[None], use_cache=False, layout=layout)`. A layer with dropout,
-    a mask, capped scores, sinks, or a window shorter than the longest sequence raises ValueError.
-    """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, _transformers_attention)
-    return NAME
-
-
-def _transformers_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **options
-):
-    where = type(module).__name__
-    if layout is None:
-        raise ValueError(f"{where}: attention {NAME!r} needs the batch's layout: pass layout=")
-    if query.shape[0] != 1:
-        raise ValueError(f"{where}: a packed batch has one row, got {query.shape[0]}")
-    if dropout and module.training:
-        raise ValueError(f"{where}: attention dropout must be 0, got {dropout}")
-    window = options.get("sliding_window")
-    for name, given in (
-        ("an attention mask", attention_mask is not None),
-        ("capped scores", options.get("softcap") is not None),
-        ("attention sinks", options.get("s_aux") is not None),
-        ("position biases", options.get("position_bias") is not None),
-        (f"a window of {window} tokens", bool(window) and window < layout.longest),
-    ):
-        if given:
-            raise ValueError(f"{where}: shared prefixes do not go with {name}")
-    parts = (x[0].transpose(0, 1) for x in (query, key, value))
-    return prefix_attention(*parts, layout, scale=scaling).unsqueeze(0), None
 
 
 class _PrefixAttention(torch.autograd.Function):

@@ -12,7 +12,7 @@ from r1kernels import (
     SharedPrefixes,
     linear_policy_loss,
     prefix_attention,
-    register_prefix_attention,
+    register_attention,
     share_prefixes,
 )
 from r1kernels.attention_parts import Bounds, attend, attend_backward
@@ -262,7 +262,7 @@ def joined(grads, truth):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_model_gives_the_same_hidden_states_loss_and_gradients(family, truth, weights_R, dtype):
-    ours = outcome(family(register_prefix_attention(), dtype), shared_hidden, weights_R)
+    ours = outcome(family(register_attention(), dtype), shared_hidden, weights_R)
     pairs = [(*x[:2], joined(x[2], truth[2])) for x in (ours, truth)]
     if dtype == torch.float64:
         for one, exact in zip(*pairs, strict=True):
@@ -277,7 +277,7 @@ def test_a_model_gives_the_same_hidden_states_loss_and_gradients(family, truth, 
 def test_recomputed_layers_give_the_same_gradients(family, weights_R):
     found = []
     for recompute in (False, True):
-        model = family(register_prefix_attention(), torch.float32)
+        model = family(register_attention(), torch.float32)
         if recompute:
             model.gradient_checkpointing_enable()
         found.append(outcome(model, shared_hidden, weights_R)[2])
@@ -340,13 +340,20 @@ def test_what_does_not_fit_the_layout_is_named(family):
         prefix_attention(query, key[:2], value, layout)
     with pytest.raises(ValueError, match="N a divisor of H"):
         prefix_attention(query[:, :3], key, value, layout)
+    with pytest.raises(TypeError, match=r"key must be torch\.float32"):
+        prefix_attention(query, key.double(), value, layout)
     with pytest.raises(TypeError, match="layout must be a SharedPrefixes, got"):
         prefix_attention(query, key, value, layout.position_ids)
-    model = family(register_prefix_attention(), torch.float32)
+    model = family(register_attention(), torch.float32)
     batch = {"input_ids": tokens[None], "position_ids": layout.position_ids[None]}
-    with pytest.raises(ValueError, match="pass layout="):
-        model.model(**batch, use_cache=False)
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    with pytest.raises(ValueError, match=r"dropout must be 0, got 0\.1"):
-        model.model(**batch, use_cache=False, layout=layout)
+    two = {name: x.expand(2, -1) for name, x in batch.items()}
+    with pytest.raises(ValueError, match="shared prompts does not go with 2 rows"):
+        model.model(**two, use_cache=False, layout=layout)
+    wrong = [("attention_dropout", 0.1, r"dropout is not supported, got 0\.1")]
+    if model.config.model_type == "qwen2":  # llama's layers know no window
+        wrong.insert(0, ("sliding_window", 2, "does not go with a window of 2 tokens"))
+    for name, value, said in wrong:
+        for layer in model.model.layers:
+            setattr(layer.self_attn, name, value)
+        with pytest.raises(ValueError, match=said):
+            model.model(**batch, use_cache=False, layout=layout)
