@@ -3,9 +3,7 @@
 A model loaded with `attn_implementation=NAME` hands every layer's queries, keys and values to the
 *plan* it was called with (`plan=` reaches the layers through the model's keyword arguments):
 
-- `PackedPlan`: T tokens of B sequences, one row; a token sees its own sequence's past only. On
-  CUDA in half precision flash-attn's or torch's variable-length kernel; elsewhere sequences of
-  similar length are padded together and run through scaled_dot_product_attention.
+- `PackedPlan`: T tokens of B sequences, one row; a token sees its own sequence's past only.
 - `SharedPlan`: the same sequences, with prompts that several of them share there once.
 - `DecodePlan`: one new token for each of B rows, keys and values in a cache that it owns.
 
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1kernels import prefix_attention
+from r1kernels import prefix_attention, varlen_attention
 from r1kernels.shared_prefixes import SharedPrefixes
 
 NAME = "r1_plan"
@@ -72,7 +70,6 @@ class PackedPlan:
         self.store = store
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         self.cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-        self._buckets = None
         # whether a layer had a window or capped scores, once the model has run
         self.restricted = False
 
@@ -80,127 +77,10 @@ class PackedPlan:
         self.restricted |= bool(window or softcap)
         if self.store is not None:
             self.store.append((key_TNE, value_TNE))
-        kernel = _varlen_kernel(query_THE, softcap)
-        if kernel is not None:
-            return kernel(
-                query_THE,
-                key_TNE,
-                value_TNE,
-                self.cu_seqlens,
-                max(self.lengths),
-                scale,
-                window,
-                softcap,
-            )
-        if self._buckets is None:
-            self._buckets = _buckets(self.lengths, query_THE.device)
-        outs = [
-            _padded(query_THE, key_TNE, value_TNE, bucket, scale, window, softcap)
-            for bucket in self._buckets
-        ]
-        if len(outs) == 1:
-            return outs[0]
-        order_T = torch.cat([tokens_t for tokens_t, _, _, _ in self._buckets])
-        return torch.zeros_like(query_THE).index_copy(0, order_T, torch.cat(outs))
-
-
-def _buckets(lengths: list[int], device: torch.device) -> list[tuple]:
-    """Sequences grouped so that a padded group is at most twice its tokens.
-
-    One tuple per group: its tokens' places in the packed row (None: all of them in order), their
-    places in the padded [B * S], B, S.
-    """
-    starts = [0]
-    for n in lengths:
-        starts.append(starts[-1] + n)
-    if len(lengths) * max(lengths) <= 2 * starts[-1]:
-        groups = [list(range(len(lengths)))]
-    else:
-        groups = []
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if groups and 2 * lengths[i] > lengths[groups[-1][0]]:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-    buckets = []
-    for group in groups:
-        S = max(lengths[i] for i in group)
-        slots = torch.cat([torch.arange(lengths[i]) + row * S for row, i in enumerate(group)])
-        tokens = None
-        if len(groups) > 1:
-            tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in group]).to(device)
-        buckets.append((tokens, slots.to(device), len(group), S))
-    return buckets
-
-
-def _padded(query_THE, key_TNE, value_TNE, bucket, scale, window, softcap):
-    tokens_t, slots_t, B, S = bucket
-
-    def pad(x_Tnh):
-        x_tnh = x_Tnh if tokens_t is None else x_Tnh.index_select(0, tokens_t)
-        zeros = x_tnh.new_zeros(B * S, *x_tnh.shape[1:])
-        return zeros.index_copy(0, slots_t, x_tnh).view(B, S, *x_tnh.shape[1:]).transpose(1, 2)
-
-    # padding stands behind the tokens, so the causal rule alone keeps it out of sight
-    query, key, value = pad(query_THE), pad(key_TNE), pad(value_TNE)
-    H, N = query.shape[1], key.shape[1]
-    mask = None
-    if softcap or (window and window < S):
-        offset_SS = torch.arange(S, device=query.device)[:, None] - torch.arange(
-            S, device=query.device
-        )
-        mask = (offset_SS >= 0) & (offset_SS < (window or S))
-    if softcap:
-        key, value = key.repeat_interleave(H // N, 1), value.repeat_interleave(H // N, 1)
-        out = _scores_attention(query, key, value, scale, mask, softcap)
-    else:
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=H != N,
-        )
-    return out.transpose(1, 2).reshape(B * S, H, -1).index_select(0, slots_t)
-
-
-def _varlen_kernel(query_THE, softcap):
-    """The fastest variable-length kernel that takes this input, or None."""
-    if not query_THE.is_cuda or query_THE.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        return _flash_attn
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-    except ImportError:
-        return None
-    return None if softcap else _torch_varlen
-
-
-def _flash_attn(query, key, value, cu_seqlens, max_len, scale, window, softcap):
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        query, key, value, cu_seqlens, cu_seqlens, max_len, max_len, causal=True,
-        softmax_scale=scale, window_size=(window - 1 if window else -1, 0), softcap=softcap or 0.0,
-    )  # fmt: skip
-
-
-def _torch_varlen(query, key, value, cu_seqlens, max_len, scale, window, softcap):
-    from torch.nn.attention.varlen import varlen_attn
-
-    # only newer versions have the option
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    return varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), cu_seqlens, cu_seqlens,
-        max_len, max_len, scale=scale, window_size=(window - 1 if window else -1, 0), **grouped,
-    )  # fmt: skip
+        return varlen_attention(
+            query_THE, key_TNE, value_TNE, self.cu_seqlens, scale=scale, window=window or None,
+            softcap=softcap or None, max_seqlen=max(self.lengths),
+        )  # fmt: skip
 
 
 class SharedPlan:

@@ -8,7 +8,7 @@ import torch
 from r1 import checkpoint, toy
 from r1.config import Model, Toy
 from r1.model import CausalLM, Head, load, load_tokenizer
-from r1kernels import share_prefixes
+from r1kernels import attention_kernels, share_prefixes
 
 LENGTHS = [5, 1, 9, 3]
 TOY = Model(path="toy", dtype="float32")
@@ -140,9 +140,7 @@ def test_a_shared_sequence_over_the_models_length_is_named():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [LENGTHS, [1, 200, 7]], ids=["short", "long"])
-def test_cuda_kernel_is_as_exact_as_padded_attention(lengths, monkeypatch):
-    from r1 import attention
-
+def test_cuda_kernel_is_as_exact_as_tiles_of_scores(lengths, monkeypatch):
     half = load(Model(path="toy", dtype="bfloat16"), device="cuda")
     truth = load(TOY)
     truth.module.load_state_dict({n: t.float().cpu() for n, t in half.module.state_dict().items()})
@@ -155,7 +153,7 @@ def test_cuda_kernel_is_as_exact_as_padded_attention(lengths, monkeypatch):
     with torch.no_grad():
         expected = truth.hidden(tokens, bounds)
         kernel = error()
-        monkeypatch.setattr(attention, "_varlen_kernel", lambda query_THE, softcap: None)
+        monkeypatch.setattr(attention_kernels, "choose", lambda *_: attention_kernels.TILED)
         assert kernel <= 2 * error() + 4 * torch.finfo(torch.float32).eps
 
 
