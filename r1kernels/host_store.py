@@ -25,6 +25,7 @@ from torch import Tensor
 from r1kernels import check
 from r1kernels.pinned_pool import BLOCK, PinnedPool
 
+PLAIN = Tensor, torch.nn.Parameter
 SMALL = 1 << 20  # a tensor of fewer bytes is not worth a block and stays where it is
 
 
@@ -111,15 +112,15 @@ class HostStore:
             RuntimeError when a tensor on its way out was modified in place.
         """
         check.tensor("tensor", tensor)
-        if tensor.nbytes < SMALL or not (tensor.is_cuda or self._given_streams):
-            return Handle(tensor)
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise TypeError(f"a HostStore takes plain tensors, got a {type(tensor).__name__}")
         with self._lock:
             handles = self._alive()
             if not more:
                 for old in handles:
                     old.let_go()
+            if tensor.nbytes < SMALL or not (tensor.is_cuda or self._given_streams):
+                return Handle(tensor)
+            if type(tensor) not in PLAIN:
+                raise TypeError(f"a HostStore takes plain tensors, got a {type(tensor).__name__}")
             handles.append(_HostHandle(tensor, self._pool, self._streams_of(tensor.device)))
             self._handles = [weakref.ref(handle) for handle in handles]
             resident = [handle for handle in handles if not handle.blocks]

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from r1kernels import check
-from r1kernels.host_store import Handle, HostStore
+from r1kernels.host_store import PLAIN, Handle, HostStore
 from r1kernels.saved_attention import OutputAndLse, Remembering
 
 
@@ -80,17 +80,17 @@ class _Segment:
         self.store = store
         self.inputs: list[Handle] = []
         self.attention: list[tuple[Handle, Handle]] = []
-        self._leaves = {
+        # Checkpoint may save more than the arguments, and it saves aliases of them.
+        self._given = {
             x.untyped_storage().data_ptr()
             for x in args
-            if isinstance(x, Tensor) and x.is_leaf and x.requires_grad
-        }
+            if type(x) is Tensor and x.is_floating_point() and not (x.is_leaf and x.requires_grad)
+        } - {0}
         self._previous = _latest.get(store, lambda: None)
         _latest[store] = weakref.ref(self)
 
     def pack(self, tensor: Tensor) -> Handle:
-        leaf = tensor.untyped_storage().data_ptr() in self._leaves
-        if leaf or not tensor.is_floating_point():
+        if type(tensor) in PLAIN and tensor.untyped_storage().data_ptr() not in self._given:
             return Handle(tensor)
         self.inputs.append(self.store.put(tensor, more=bool(self.inputs)))
         return self.inputs[-1]

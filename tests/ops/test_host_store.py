@@ -184,6 +184,9 @@ def test_more_does_not_wait_for_what_it_goes_with():
     assert store.usage().device == 3 * 80
     handles.append(store.put(torch.zeros(20)))
     assert store.usage().device == 80
+    # One that stays where it is makes room as well.
+    handles.append(store.put(torch.zeros(3)))
+    assert store.usage().device == 0
 
 
 def test_blocks_are_used_again_by_tensors_of_any_size_and_without_the_collector():
