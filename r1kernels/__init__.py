@@ -22,6 +22,8 @@ from r1kernels.prefix_attention import prefix_attention
 from r1kernels.reference.policy_loss import PolicyLoss
 from r1kernels.reference.token_logp import Logp
 from r1kernels.shared_prefixes import SharedPrefixes, share_prefixes
+from r1kernels.stream_layer import stream_layer
+from r1kernels.stream_model import stream_model
 from r1kernels.tile_mlps import tile_mlps
 from r1kernels.tiled_mlp import tiled_mlp
 from r1kernels.token_logp import token_logp
@@ -52,6 +54,8 @@ __all__ = [
     "prefix_attention",
     "register_attention",
     "share_prefixes",
+    "stream_layer",
+    "stream_model",
     "tile_mlps",
     "tiled_mlp",
     "token_logp",
