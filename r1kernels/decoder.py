@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from r1kernels import check
-from r1kernels.projection import KEYS, Projection
+from r1kernels.projection import KEYS, Projection, linear_parts
 from r1kernels.reference.glu import ACTIVATIONS, glu
 from r1kernels.tiled_mlp import Mlp
 
@@ -111,6 +111,9 @@ def decoder_layer(layer: nn.Module, name: str = "layer") -> DecoderLayer:
     Raises: ValueError that names the module, its class and what was not recognised.
     """
     _expect(layer, name, LAYER)
+    for part, module in layer.named_modules(prefix=name):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            raise _refusal(module, part, "has hooks, which would not be called")
     attn, mlp = layer.self_attn, layer.mlp
     at, within = f"{name}.self_attn", f"{name}.mlp"
     has_norms = "q_norm" in dict(attn.named_children())
@@ -187,43 +190,10 @@ def _expect(module: nn.Module, name: str, parts: set[str], may: set[str] = froze
 
 
 def _projection(module: nn.Module, name: str) -> Projection:
-    if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-        return _adapted(module, name)
-    # A subclass may do more than its weight says.
-    if type(module) is not nn.Linear:
-        raise _refusal(module, name, "is neither nn.Linear nor PEFT's LoRA of one")
-    check.local(f"{name}.weight", module.weight)
-    check.floating(f"{name}.weight", module.weight)
-    return Projection(module.weight, module.bias)
-
-
-def _adapted(module: nn.Module, name: str) -> Projection:
-    """PEFT's lora.Linear with at most one adapter at work."""
-    base = _projection(module.base_layer, f"{name}.base_layer")
-    if module.merged or module.disable_adapters:
-        return base
-    active = [x for x in module.active_adapters if x in module.lora_A]
-    if len(active) > 1:
-        raise _refusal(module, name, f"has several active adapters, {active}")
-    if not active:
-        return base
-    (adapter,) = active
-    if adapter in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(
-        adapter
-    ):
-        raise _refusal(module, name, f"has the adapter {adapter!r}, which is no plain LoRA")
-    dropout = getattr(module.lora_dropout[adapter], "p", 0.0)
-    if dropout and module.training:
-        raise ValueError(f"{name}.lora_dropout must be 0 in training, got {dropout}")
-    down, up = (
-        _projection(x[adapter], f"{name}.{part}.{adapter}")
-        for part, x in (("lora_A", module.lora_A), ("lora_B", module.lora_B))
-    )
-    if down.bias_N is not None or up.bias_N is not None:
-        raise _refusal(module, name, f"has the adapter {adapter!r} with a bias")
-    return base._replace(
-        lora_RK=down.weight_NK, lora_NR=up.weight_NK, scale=float(module.scaling[adapter])
-    )
+    weight, bias, low_rank = linear_parts(name, module)
+    check.local(f"{name}.weight", weight)
+    check.floating(f"{name}.weight", weight)
+    return Projection(weight, bias, *(low_rank or ()))
 
 
 def norm(module: nn.Module, name: str) -> Norm:
