@@ -431,9 +431,7 @@ def test_calls_that_are_refused(tokens):
     with pytest.raises(ValueError, match=r"layers.0.self_attn: attention_dropout must be 0"):
         stream.train()(tokens, cu_seqlens=OFFSETS)
     dropped = adapt(build("Llama", layers=1), dropout=0.1).train()
-    with pytest.raises(
-        ValueError, match=r"q_proj has an adapter 'default' with dropout 0.1"
-    ):
+    with pytest.raises(ValueError, match=r"q_proj has an adapter 'default' with dropout 0.1"):
         stream_model(dropped)
 
 
