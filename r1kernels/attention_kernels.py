@@ -2,7 +2,7 @@
 
     forward(query_THE, key_SNE, value_SNE, bounds, causal, rule) -> (out_THE, lse_TH)
     backward(dout_THE, query_THE, key_SNE, value_SNE, out_THE, lse_TH, bounds, causal, rule,
-             dquery_THE, dkey_SNE, dvalue_SNE)          # adds to the last three
+             dkey_SNE, dvalue_SNE) -> dquery_THE        # and adds to the other two
 
 - FLASH: CUDA in half precision: the flash_attn package, or else the kernels inside torch. A query's
   gradient is added up by atomics there unless torch is told to be deterministic.
@@ -85,8 +85,7 @@ def _flash_forward(query_THE, key_SNE, value_SNE, bounds, causal, rule):
     cu, longest = bounds.on(query_THE.device), bounds.longest
     left, right = (-1 if rule.window is None else rule.window - 1), (0 if causal else -1)
     if 0 in longest:
-        lse_TH = query_THE.new_full(query_THE.shape[:2], float("-inf"), dtype=torch.float32)
-        return torch.zeros_like(query_THE), lse_TH
+        return _nothing(query_THE)
     package = _flash_attn()
     if package is not None:
         out_THE, lse_HT, *_ = package._flash_attn_varlen_forward(
@@ -109,7 +108,7 @@ def _flash_backward(
     cu, longest = bounds.on(query_THE.device), bounds.longest
     left, right = (-1 if rule.window is None else rule.window - 1), (0 if causal else -1)
     if 0 in longest:
-        return
+        return torch.zeros_like(query_THE)
     lse_HT = lse_TH.masked_fill(lse_TH == float("-inf"), float("inf")).T.contiguous()
     package = _flash_attn()
     if package is not None:
@@ -127,33 +126,43 @@ def _flash_backward(
             state, torch.empty(0, device=query_THE.device), scale=rule.scale,
             window_size_left=left, window_size_right=right,
         )  # fmt: skip
+    dquery_THE, *made = made
     for grad, x in zip(grads, made, strict=True):
         grad.add_(x)
+    return dquery_THE
 
 
 # ---- torch's fused kernel on the CPU
 
 
 class _Batch(NamedTuple):
-    """Sequences that one call takes: `rows` of the packed tensor, at `slots` of B * L, or at all
-    of them in order (None)."""
+    """Sequences that one call takes, as B rows of L tokens.
+
+    `source`: the packed rows that are read, B * L of them: a pad reads its sequence's last token.
+    `rows`: the packed rows that they are; `slots`: their places among the B * L, and `pads`: the
+    places that are left; both None where there are none.
+    """
 
     B: int
     L: int
+    source: slice | Tensor
     rows: slice | Tensor
     slots: Tensor | None
+    pads: Tensor | None
 
-    def take(self, x_Tne: Tensor, N: int, G: int) -> Tensor:
+    def take(self, x_Tne: Tensor, N: int, G: int, pad: float | None = None) -> Tensor:
         """[batch, heads, L, E] of packed [T, n, E], n of N or N * G heads, in the wide dtype.
 
         One sequence has its N key-value heads as the batch, so that the G query heads of each look
         at one copy of its keys.
         """
-        x_tne = x_Tne[self.rows].to(wide(x_Tne.dtype))
-        if self.slots is not None:
-            zeros = x_tne.new_zeros(self.B * self.L, *x_tne.shape[1:])
-            x_tne = zeros.index_copy(0, self.slots, x_tne)
-        x_BLNgE = x_tne.unflatten(1, (N, -1)).unflatten(0, (self.B, self.L))
+        if isinstance(self.source, slice):
+            x_tne = x_Tne[self.source]
+        else:
+            x_tne = x_Tne.index_select(0, self.source)
+            if pad is not None and self.pads is not None:
+                x_tne.index_fill_(0, self.pads, pad)
+        x_BLNgE = x_tne.to(wide(x_Tne.dtype)).unflatten(1, (N, -1)).unflatten(0, (self.B, self.L))
         x_BLNGE = x_BLNgE.expand(-1, -1, -1, G, -1)
         if self.B == 1:
             return x_BLNGE[0].permute(1, 2, 0, 3)
@@ -208,48 +217,75 @@ def _batch(spans: list[Span]) -> tuple[_Batch, _Batch]:
     """One call's sequences: one, or several with as many queries as keys each."""
     sides = []
     for ends in ([span[:2] for span in spans], [span[2:] for span in spans]):
-        lengths = [stop - start for start, stop in ends]
-        L = max(lengths)
-        rows = slice(ends[0][0], ends[-1][1])
+        B, L = len(ends), max(stop - start for start, stop in ends)
+        rows = source = slice(ends[0][0], ends[-1][1])
         if any(a[1] != b[0] for a, b in pairwise(ends)):
-            rows = torch.cat([torch.arange(start, stop) for start, stop in ends])
-        slots = None
-        if min(lengths) < L:
-            slots = torch.cat([torch.arange(n) + b * L for b, n in enumerate(lengths)])
-        sides.append(_Batch(len(spans), L, rows, slots))
+            rows = source = torch.cat([torch.arange(start, stop) for start, stop in ends])
+        slots = pads = None
+        if any(stop - start < L for start, stop in ends):
+            starts_B1, stops_B1 = torch.tensor(ends).unsqueeze(2).unbind(1)
+            places_BL = starts_B1 + torch.arange(L)
+            source = places_BL.minimum(stops_B1 - 1).flatten()
+            padded = (places_BL >= stops_B1).flatten()
+            slots, pads = (~padded).nonzero().flatten(), padded.nonzero().flatten()
+        sides.append(_Batch(B, L, source, rows, slots, pads))
     return tuple(sides)
 
 
+def _collect(batches: list[_Batch], parts: list[Tensor], rows: int, fill: float) -> Tensor:
+    """[rows, ...] of every batch's part; the part itself where one batch is all there is."""
+    if len(parts) == 1 and batches[0].rows == slice(0, rows):
+        return parts[0]
+    whole = parts[0].new_full((rows, *parts[0].shape[1:]), fill)
+    for batch, part in zip(batches, parts, strict=True):
+        whole[batch.rows] = part
+    return whole
+
+
 def _cpu_forward(query_THE, key_SNE, value_SNE, bounds, causal, rule):
-    dtype, N = wide(query_THE.dtype), key_SNE.shape[1]
-    G = query_THE.shape[1] // N
-    out_THE = torch.zeros_like(query_THE, dtype=dtype, memory_format=torch.contiguous_format)
-    lse_TH = out_THE.new_full(out_THE.shape[:2], float("-inf"))
-    for queries, keys in _batches(bounds.spans, causal):
+    T, H, _ = query_THE.shape
+    N = key_SNE.shape[1]
+    batches, outs, lses = _batches(bounds.spans, causal), [], []
+    for queries, keys in batches:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries.take(query_THE, N, G), keys.take(key_SNE, N, G), keys.take(value_SNE, N, G),
-            0.0, causal, scale=rule.scale,
+            queries.take(query_THE, N, H // N), keys.take(key_SNE, N, H // N),
+            keys.take(value_SNE, N, H // N), 0.0, causal, scale=rule.scale,
         )  # fmt: skip
-        out_THE[queries.rows] = queries.give(out, N, G).flatten(1, 2)
-        lse_TH[queries.rows] = queries.give(lse.unsqueeze(-1), N, G).flatten(1)
-    return out_THE, lse_TH
+        outs.append(queries.give(out, N, H // N).flatten(1, 2))
+        lses.append(queries.give(lse.unsqueeze(-1), N, H // N).flatten(1))
+    if not batches:
+        return _nothing(query_THE)
+    own = [queries for queries, _ in batches]
+    return _collect(own, outs, T, 0.0), _collect(own, lses, T, float("-inf"))
 
 
 def _cpu_backward(
     dout_THE, query_THE, key_SNE, value_SNE, out_THE, lse_TH, bounds, causal, rule, *grads
 ):
+    T, H, _ = query_THE.shape
     N = key_SNE.shape[1]
-    G = query_THE.shape[1] // N
-    for queries, keys in _batches(bounds.spans, causal):
+    G = H // N
+    batches, parts = _batches(bounds.spans, causal), []
+    for queries, keys in batches:
         dout, query, out = (queries.take(x, N, G) for x in (dout_THE, query_THE, out_THE))
-        lse = queries.take(lse_TH.unsqueeze(-1), N, G).squeeze(-1)
+        # exp(scores - inf) = 0: what a pad read has no part in any gradient
+        lse = queries.take(lse_TH.unsqueeze(-1), N, G, pad=float("inf")).squeeze(-1)
         dquery, *made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, query, keys.take(key_SNE, N, G), keys.take(value_SNE, N, G), out, lse, 0.0,
             causal, scale=rule.scale,
         )  # fmt: skip
-        queries.add(grads[0], queries.give(dquery, N, G).flatten(1, 2))
-        for grad, x in zip(grads[1:], made, strict=True):
-            keys.add(grad, keys.give(x, N, G).sum(2))
+        parts.append(queries.give(dquery, N, G).flatten(1, 2))
+        for grad, x_tNGE in zip(grads, (keys.give(x, N, G) for x in made), strict=True):
+            keys.add(grad, x_tNGE.sum(2) if G > 1 else x_tNGE.squeeze(2))
+    if not batches:
+        return _nothing(query_THE)[0]
+    return _collect([queries for queries, _ in batches], parts, T, 0.0)
+
+
+def _nothing(query_THE: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of queries that see no key."""
+    out_THE = torch.zeros(query_THE.shape, dtype=wide(query_THE.dtype), device=query_THE.device)
+    return out_THE, out_THE.new_full(out_THE.shape[:2], float("-inf"))
 
 
 # ---- plain torch
@@ -311,8 +347,7 @@ def _probabilities(scores_NRL, lse_NR):
 
 def _tiled_forward(query_THE, key_SNE, value_SNE, bounds, causal, rule):
     N = key_SNE.shape[1]
-    out_THE = torch.zeros(query_THE.shape, dtype=wide(query_THE.dtype), device=query_THE.device)
-    lse_TH = out_THE.new_full(out_THE.shape[:2], float("-inf"))
+    out_THE, lse_TH = _nothing(query_THE)
     for queries, keys, seen in _tiles(bounds, causal, rule, query_THE):
         query, C = _by_key_head(query_THE[queries], N), queries.stop - queries.start
         key, value = (_by_key_head(x[keys], N) for x in (key_SNE, value_SNE))
@@ -338,7 +373,8 @@ def _tiled_backward(
     dlse_TH=None,
 ):
     N = key_SNE.shape[1]
-    dquery_THE, dkey_SNE, dvalue_SNE = grads
+    dkey_SNE, dvalue_SNE = grads
+    dquery_THE, _ = _nothing(query_THE)
     for queries, keys, seen in _tiles(bounds, causal, rule, query_THE):
         C = queries.stop - queries.start
         dout, query, out = (_by_key_head(x[queries], N) for x in (dout_THE, query_THE, out_THE))
@@ -352,8 +388,9 @@ def _tiled_backward(
             delta_NR1 -= _by_key_head(dlse_TH[queries].unsqueeze(-1), N)
         dscores = torch.bmm(dout, value.transpose(1, 2)).sub_(delta_NR1).mul_(p_NRL)
         dscores = dscores.mul_(slope).mul_(rule.scale)
-        dquery_THE[queries].add_(_by_query(torch.bmm(dscores, key), C))
+        dquery_THE[queries] = _by_query(torch.bmm(dscores, key), C)
         dkey_SNE[keys].add_(torch.bmm(dscores.transpose(1, 2), query).transpose(0, 1))
+    return dquery_THE
 
 
 FLASH = Kernel(_flash_forward, _flash_backward, rectangles=False)

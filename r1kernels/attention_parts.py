@@ -211,19 +211,24 @@ def attend_backward(
     parts = _parts(bounds, causal, kernel.rectangles)
     wide = attention_kernels.wide(query.dtype)
     dtype = wide if dtype is None else dtype
-    # two parts meet in a query's gradient, and are rounded once
-    sums = dtype if len(parts) == 1 else wide
-    dquery_THE = torch.zeros(query.shape, dtype=sums, device=query.device)
     N = key.shape[1]
-    G = query.shape[1] // N
-    for start, stop in _turns(query, key, head_groups):
+    G, turns = query.shape[1] // N, _turns(query, key, head_groups)
+    dquery_THE = None
+    if len(turns) * len(parts) > 1:
+        # two parts meet in a query's gradient, and are rounded once
+        sums = dtype if len(parts) == 1 else wide
+        dquery_THE = torch.zeros(query.shape, dtype=sums, device=query.device)
+    for start, stop in turns:
         q, k = slice(start * G, stop * G), slice(start, stop)
         more = {} if dlse is None else {"dlse_TH": dlse[:, q]}
         for part, square in parts:
-            kernel.backward(
+            dquery = kernel.backward(
                 dout[:, q], query[:, q], key[:, k], value[:, k], out[:, q], lse[:, q], part, square,
-                rule, dquery_THE[:, q], dkey[:, k], dvalue[:, k], **more,
+                rule, dkey[:, k], dvalue[:, k], **more,
             )  # fmt: skip
+            if dquery_THE is None:
+                return dquery.to(dtype)
+            dquery_THE[:, q].add_(dquery)
     return dquery_THE.to(dtype)
 
 
