@@ -139,7 +139,7 @@ class HostStore:
             return Usage(on_device, self._pool.used, self._pool.pinned)
 
     def release(self) -> None:
-        """Unpin everything; the store can be used again.
+        """Unpin everything, here and what torch keeps unused; the store can be used again.
 
         Raises: RuntimeError while tensors are on the host.
         """
@@ -149,6 +149,8 @@ class HostStore:
             for streams in self._streams.values():
                 streams.synchronize()
             self._pool.clear()
+            for streams in self._streams.values():
+                streams.unpin_unused()
 
     def _alive(self) -> list["_HostHandle"]:
         return [handle for reference in self._handles if (handle := reference()) is not None]
@@ -180,7 +182,7 @@ class _HostHandle(Handle):
     def copy_out(self) -> None:
         self._check()
         streams, source = self._streams, self._tensor
-        self.blocks = self._pool.take(self.nbytes, streams.pinned)
+        self.blocks = self._pool.take(self.nbytes, streams)
         self._owner = streams.current()
         if source.stride() != self._stride:
             source = streams.empty(self._size, self._stride, self._dtype).copy_(source)
@@ -268,6 +270,12 @@ class CudaStreams:
 
     def pinned(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def unpin_unused(self) -> None:
+        """Give the system the pinned memory that torch keeps for its next allocation."""
+        # Public in newer torch.
+        public = getattr(torch.accelerator, "empty_host_cache", None)
+        (public or torch._C._host_emptyCache)()
 
     def synchronize(self) -> None:
         self.out.synchronize()

@@ -6,8 +6,8 @@ two, and nothing is pinned before it is needed.
 """
 
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -18,6 +18,16 @@ RESERVE = 1 << 30  # host memory that is never pinned
 
 class HostMemoryError(MemoryError):
     """Host memory has no room for the pinned buffers that were asked for."""
+
+
+class Source(Protocol):
+    """Where pinned memory comes from."""
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """New pinned memory, uint8; RuntimeError when the system gives none."""
+
+    def unpin_unused(self) -> None:
+        """Give the system what nothing uses any more."""
 
 
 class PinnedPool:
@@ -43,15 +53,15 @@ class PinnedPool:
         """Bytes in blocks that are taken."""
         return self.pinned - BLOCK * len(self._free)
 
-    def take(self, nbytes: int, pin: Callable[[int], Tensor]) -> list[tuple[Tensor, object]]:
-        """(block, event) pairs that hold nbytes; pin(SLAB) gives new pinned memory, uint8.
+    def take(self, nbytes: int, source: Source) -> list[tuple[Tensor, object]]:
+        """(block, event) pairs that hold nbytes; what is missing comes from the source.
 
         Raises: HostMemoryError, before anything is pinned where the machine says what it has.
         """
         count = -(-nbytes // BLOCK)
         missing = (count - len(self._free)) * BLOCK
         if missing > 0:
-            self._grow(-(-missing // SLAB), nbytes, pin)
+            self._grow(-(-missing // SLAB), nbytes, source)
         return [self._free.popleft() for _ in range(count)]
 
     def give(self, blocks: list[tuple[Tensor, object]], event: object) -> None:
@@ -63,11 +73,16 @@ class PinnedPool:
         self._free.clear()
         self._slabs.clear()
 
-    def _grow(self, slabs: int, nbytes: int, pin: Callable[[int], Tensor]) -> None:
-        room, limit = max(available_host_bytes() - RESERVE, 0), ""
-        if self.limit is not None:
-            room, limit = min(room, self.limit - self.pinned), f", host_bytes is {self.limit}"
-        if slabs * SLAB > room:
+    def _room(self) -> int:
+        room = max(available_host_bytes() - RESERVE, 0)
+        return room if self.limit is None else min(room, self.limit - self.pinned)
+
+    def _grow(self, slabs: int, nbytes: int, source: Source) -> None:
+        if slabs * SLAB > self._room():
+            # Another store's memory may still be pinned, with nobody using it.
+            source.unpin_unused()
+        if slabs * SLAB > (room := self._room()):
+            limit = "" if self.limit is None else f", host_bytes is {self.limit}"
             raise HostMemoryError(
                 f"a tensor of {nbytes} bytes needs {slabs * SLAB} bytes more of pinned host "
                 f"memory, and {room} are free (beside {self.pinned} in the pool{limit}): let more "
@@ -75,7 +90,7 @@ class PinnedPool:
             )
         for _ in range(slabs):
             try:
-                slab = pin(SLAB)
+                slab = source.pinned(SLAB)
             except RuntimeError as error:
                 raise HostMemoryError(
                     f"{SLAB} bytes could not be pinned beside {self.pinned} in the pool: {error}; "

@@ -44,6 +44,9 @@ class EagerStreams:
     def pinned(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
+    def unpin_unused(self) -> None:
+        self.log.append("unpin")
+
     def synchronize(self) -> None:
         pass
 
@@ -98,6 +101,9 @@ class LateStreams:
     def pinned(self, nbytes: int) -> Tensor:
         self.kept.append(np.zeros(nbytes, np.uint8))
         return torch.from_numpy(self.kept[-1])
+
+    def unpin_unused(self) -> None:
+        pass
 
     def synchronize(self) -> None:
         pass

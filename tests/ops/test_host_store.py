@@ -201,7 +201,7 @@ def test_blocks_are_used_again_by_tensors_of_any_size_and_without_the_collector(
             assert store.usage() == (0, 0, 3 * 7 * 64 // 256 * 256 + 256)
             assert most == store.usage().pinned
         store.release()
-        assert store.usage() == (0, 0, 0)
+        assert store.usage() == (0, 0, 0) and store._streams[torch.device("cpu")].log[-1] == "unpin"
     finally:
         gc.enable()
 
@@ -220,6 +220,14 @@ def test_a_host_without_room_is_an_error_that_says_what_to_do(monkeypatch):
         patch.setattr(pinned_pool, "available_host_bytes", lambda: pinned_pool.RESERVE + 100)
         with pytest.raises(HostMemoryError, match=r"256 bytes more of .*, and 100 are"):
             HostStore(streams=EagerStreams()).put(torch.zeros(50))
+
+    room = [pinned_pool.RESERVE + 255, pinned_pool.RESERVE + 256]
+    with monkeypatch.context() as patch:
+        patch.setattr(pinned_pool, "available_host_bytes", lambda: room.pop(0))
+        streams = EagerStreams()
+        # What torch keeps pinned and unused makes room.
+        held = HostStore(streams=streams).put(torch.zeros(50))
+        assert streams.log == ["unpin", "out"] and held.nbytes == 200
 
     class Locked(EagerStreams):
         def pinned(self, nbytes):
