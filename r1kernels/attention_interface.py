@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from r1kernels import check
 from r1kernels.packing import cu_seqlens_from_lengths
 from r1kernels.prefix_attention import prefix_attention
 from r1kernels.varlen_attention import varlen_attention
@@ -23,7 +24,8 @@ def register_attention() -> str:
     other, and no mask is made. Where they begin is said as for transformers' own flash attention:
     by `position_ids` that restart, or by `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
     `max_length_k`, which a GPU need not be waited for and torch.compile needs. Rows of a batch are
-    sequences of their own; keys from a cache stand before the queries.
+    sequences of their own; keys from a cache stand before the queries. `cu_seq_lens_k` is that of
+    the queries; on a GPU it is not looked at.
 
     A batch of `share_prefixes`, in which a prompt is there once for several sequences, goes by
     `prefix_attention`: `model(input_ids=tokens[None], position_ids=layout.position_ids[None],
@@ -109,7 +111,11 @@ def _attention(
             cu_seq_lens_k = None
     elif Lk != Lq:
         raise ValueError(f"{where}: cu_seq_lens_q with a key cache is not supported")
-    if cu_seq_lens_k is cu_seq_lens_q:
+    elif cu_seq_lens_k is not None:
+        # without a cache the keys are the queries' own tokens; two tensors would have to be read
+        both = (cu_seq_lens_q, cu_seq_lens_k)
+        if all(map(check.values_readable, both)) and not torch.equal(*both):
+            raise ValueError(f"{where}: cu_seq_lens_k differs from cu_seq_lens_q")
         cu_seq_lens_k = None
     out_THE = varlen_attention(
         *packed,

@@ -94,6 +94,7 @@ def by_torch(case: Case, problem: Problem) -> tuple[Tensor, ...]:
         )
         # the key beside a query, and those before it
         before = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
+        before = before.to(query.device)
         seen = (before >= 0) & (before < (case.window or k1)) | (not case.causal)
         out = query.new_zeros(query.shape)
         if k0 < k1:

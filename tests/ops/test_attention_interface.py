@@ -172,6 +172,10 @@ def test_compiled_with_offsets():
         ({"position_bias": torch.zeros(4)}, "position_bias is not supported"),
         ({"is_causal": False}, "masks by bidirectional_mask_function are not supported"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 2, 4])}, "cu_seqlens must not decrease"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 1, 4])},
+            "cu_seq_lens_k differs from cu_seq_lens_q",
+        ),
         ({"position_ids": torch.zeros(1, 1).long()}, r"position_ids must have shape \[1, 4\]"),
     ],
 )
