@@ -6,12 +6,16 @@ to their prompt. They are merged by their log-sum-exps.
 Shapes: T packed tokens, H query heads, N key-value heads, E head width.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from r1kernels import check
-from r1kernels.attention_parts import attend, attend_backward, merge
+from r1kernels.attention_kernels import wide
+from r1kernels.attention_parts import Bounds, attend, attend_backward, merge
+from r1kernels.backend import isolated
 from r1kernels.saved_attention import remembered
 from r1kernels.shared_prefixes import SharedPrefixes
 
@@ -47,7 +51,9 @@ def prefix_attention(
     """
     if not isinstance(layout, SharedPrefixes):
         raise TypeError(f"layout must be a SharedPrefixes, got {check.describe(layout)}")
-    layout.check_tokens("query", query)
+    # a number of tokens known while something traces would be all that the trace is good for
+    if not torch.compiler.is_compiling():
+        layout.check_tokens("query", query)
     check.dtype_in("query", query, DTYPES)
     for name, x in (("query", query), ("key", key), ("value", value)):
         check.local(name, x)
@@ -61,53 +67,112 @@ def prefix_attention(
     check.shape("key", key, (query.shape[0], key.shape[1], query.shape[2]), "[T, N, E]")
     check.shape("value", value, key.shape, "that of key")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _PrefixAttention.apply(query, key, value, layout, scale)
+    return prefix_attention_fwd(query, key, value, *layout.offsets, scale)[0]
 
 
-class _PrefixAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query_THE, key_TNE, value_TNE, layout, scale):
-        def compute():
-            out_THE, lse_TH = attend(
-                query_THE, key_TNE, value_TNE, layout.own, causal=True, scale=scale
-            )
-            if layout.cross is not None:
-                prompts, rest = layout.prompts, layout.completions
-                part = attend(
-                    query_THE[rest], key_TNE[prompts], value_TNE[prompts], layout.cross,
-                    causal=False, scale=scale,
-                )  # fmt: skip
-                out_THE[rest], lse_TH[rest] = merge(out_THE[rest], lse_TH[rest], *part)
-            return out_THE, lse_TH
+SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor own, Tensor? cross_query, Tensor? cross_key, "
+    "float scale"
+)
 
-        out_THE, lse_TH = remembered(compute)
-        ctx.save_for_backward(query_THE, key_TNE, value_TNE, out_THE, lse_TH)
-        ctx.layout, ctx.scale = layout, scale
-        return out_THE
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout_THE):
-        query_THE, key_TNE, value_TNE, out_THE, lse_TH = ctx.saved_tensors
-        layout, scale = ctx.layout, ctx.scale
-        wide = torch.float64 if key_TNE.dtype == torch.float64 else torch.float32
-        dkey_TNE = torch.zeros_like(key_TNE, dtype=wide, memory_format=torch.contiguous_format)
-        dvalue_TNE = torch.zeros_like(dkey_TNE)
-        dquery_THE = attend_backward(
-            dout_THE, query_THE, key_TNE, value_TNE, out_THE, lse_TH, layout.own,
-            causal=True, scale=scale, dkey=dkey_TNE, dvalue=dvalue_TNE,
-        )  # fmt: skip
-        if layout.cross is not None:
-            prompts, rest = layout.prompts, layout.completions
-            dquery_THE[rest] += attend_backward(
-                dout_THE[rest], query_THE[rest], key_TNE[prompts], value_TNE[prompts],
-                out_THE[rest], lse_TH[rest], layout.cross, causal=False, scale=scale,
-                dkey=dkey_TNE[prompts], dvalue=dvalue_TNE[prompts],
-            )  # fmt: skip
-        return (
-            dquery_THE.to(query_THE.dtype),
-            dkey_TNE.to(key_TNE.dtype),
-            dvalue_TNE.to(value_TNE.dtype),
-            None,
-            None,
+class _Spans(NamedTuple):
+    """The two calls of a layout: own causally; `completions` of the row against its `prompts`."""
+
+    own: Bounds
+    cross: Bounds | None
+    prompts: slice
+    completions: slice
+
+
+# made of a layout's offsets once, so that all layers share what is copied to a device
+_spans = WeakTensorKeyDictionary()
+
+
+def _spans_of(query: Tensor, own: Tensor, cross_query: Tensor | None, cross_key: Tensor | None):
+    if own not in _spans:
+        cross, first, rest = None, 0, 0
+        if cross_query is not None:
+            cross = Bounds(cross_query.tolist(), cross_key.tolist())
+            first, rest = cross.key[-1], cross.query[-1]
+        # of lists: tensors would keep themselves alive through their own entry
+        _spans[own] = _Spans(Bounds(own.tolist()), cross, slice(first), slice(first, first + rest))
+    found = _spans[own]
+    if found.own.query[-1] != len(query):
+        raise ValueError(
+            f"query has {len(query)} tokens, the layout {found.own.query[-1]}: it belongs to "
+            "another batch"
         )
+    return found
+
+
+@torch.library.custom_op(
+    "r1kernels::prefix_attention_fwd", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)"
+)
+@isolated
+def prefix_attention_fwd(query, key, value, *args):
+    """(out, lse), of both calls together."""
+    *offsets, scale = args
+    spans = _spans_of(query, *offsets)
+
+    def compute():
+        out_THE, lse_TH = attend(query, key, value, spans.own, causal=True, scale=scale)
+        out_THE, lse_TH = out_THE.contiguous(), lse_TH.contiguous()
+        if spans.cross is not None:
+            prompts, rest = spans.prompts, spans.completions
+            part = attend(
+                query[rest], key[prompts], value[prompts], spans.cross, causal=False, scale=scale
+            )
+            out_THE[rest], lse_TH[rest] = merge(out_THE[rest], lse_TH[rest], *part)
+        return out_THE, lse_TH
+
+    return remembered(compute)
+
+
+@prefix_attention_fwd.register_fake
+def _(query, *_args):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=wide(query.dtype))
+
+
+@torch.library.custom_op(
+    "r1kernels::prefix_attention_bwd",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor lse, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+@isolated
+def prefix_attention_bwd(dout, out, lse, query, key, value, *args):
+    """(dquery, dkey, dvalue)."""
+    *offsets, scale = args
+    spans, dtype = _spans_of(query, *offsets), wide(query.dtype)
+    dkey, dvalue = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
+    dquery = attend_backward(
+        dout, query, key, value, out, lse, spans.own, causal=True, scale=scale, dkey=dkey,
+        dvalue=dvalue,
+    )  # fmt: skip
+    if spans.cross is not None:
+        prompts, rest = spans.prompts, spans.completions
+        # the merged output and log-sum-exp make this call's probabilities those of the whole
+        dquery[rest] += attend_backward(
+            dout[rest], query[rest], key[prompts], value[prompts], out[rest], lse[rest],
+            spans.cross, causal=False, scale=scale, dkey=dkey[prompts], dvalue=dvalue[prompts],
+        )  # fmt: skip
+    return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
+
+
+@prefix_attention_bwd.register_fake
+def _(dout, out, lse, query, key, value, *_args):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _grad(ctx, dout, _dlse):
+    check.no_second_derivative("prefix_attention")
+    return *prefix_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), *[None] * 4
+
+
+prefix_attention_fwd.register_autograd(_grad, setup_context=_setup)

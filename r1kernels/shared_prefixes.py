@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r1kernels import check
-from r1kernels.attention_parts import Bounds
 
 # Tokens without sharing over tokens with it from which on a second call and a merge per layer pay.
 WORTH_SHARING = 1.2
@@ -54,9 +53,9 @@ class SharedPrefixes:
         rows: [R] int64, the row that predicts each token of the completions, sequence by sequence:
             a prompt's last row stands at the head of each of its completions.
         row_cu_seqlens: [B + 1] int32, the sequences' boundaries among `rows`.
-        own, cross: bounds of the two attention calls; cross is None where nothing is shared.
-        prompts, completions: the parts of the row that hold the shared prompts and their
-            completions.
+        offsets: (own, cross_query, cross_key), int64 on the CPU: where the pieces lie that attend
+            to themselves; where the groups' completions lie, counted from the end of the shared
+            prompts, and those prompts. The last two are None where nothing is shared.
 
     Raises: ValueError on an empty prompt or completion, or no group.
     """
@@ -68,15 +67,10 @@ class SharedPrefixes:
         alone = [(prompt, rest[0]) for prompt, rest in groups if len(rest) == 1]
         first = sum(prompt for prompt, _ in shared)
         middle = sum(sum(completions) for _, completions in shared)
-        self.prompts, self.completions = slice(0, first), slice(first, first + middle)
         pieces = [prompt for prompt, _ in shared]
         own = [*pieces, *chain.from_iterable(rest for _, rest in shared), *map(sum, alone)]
-        self.own = Bounds(_offsets(own))
-        self.cross = (
-            Bounds(_offsets([sum(rest) for _, rest in shared]), _offsets(pieces))
-            if shared
-            else None
-        )
+        cross = [[sum(rest) for _, rest in shared], pieces] if shared else [None, None]
+        self.offsets = tuple(None if x is None else _offsets(x) for x in (own, *cross))
         after = [prompt for prompt, rest in shared for _ in rest]
         begins = [*(0 for _ in shared), *after, *(0 for _ in alone)]
         self.position_ids = _ranges(begins, own).to(device)
@@ -102,7 +96,7 @@ class SharedPrefixes:
             lengths += [1, length - 1]
         self.rows = _ranges(starts, lengths).to(device)
         ends = _offsets([length for *_, length in self._parts])
-        self.row_cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+        self.row_cu_seqlens = ends.to(device, torch.int32)
         counts = torch.tensor([len(completions) for _, completions in groups])
         self._group_B = torch.arange(len(groups)).repeat_interleave(counts).to(device)
         self._groups = len(groups)
@@ -119,7 +113,7 @@ class SharedPrefixes:
     def cu_seqlens(self) -> Tensor:
         """int32 [B + 1] on the CPU: the boundaries of the sequences without sharing."""
         lengths = [prompt + length for _, prompt, _, length in self._parts]
-        return torch.tensor(_offsets(lengths), dtype=torch.int32)
+        return _offsets(lengths).int()
 
     def to(self, device: torch.device | str) -> "SharedPrefixes":
         """The same on another device."""
@@ -234,8 +228,8 @@ def _check_groups(groups: list[tuple[int, list[int]]]) -> None:
             )
 
 
-def _offsets(lengths: Sequence[int]) -> tuple[int, ...]:
-    return 0, *accumulate(lengths)
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
 
 
 def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:

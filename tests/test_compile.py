@@ -8,6 +8,7 @@ from r1kernels import PolicyObjective
 from r1kernels.kept_logp import kept_logp_fwd
 from r1kernels.linear_logp_ops import linear_logp_fwd
 from r1kernels.linear_policy_loss_ops import linear_policy_loss_fwd
+from r1kernels.prefix_attention import prefix_attention_fwd
 from r1kernels.tiled_mlp import tiled_mlp_fwd
 from r1kernels.token_logp import token_logp_fwd
 from r1kernels.varlen_attention import varlen_attention_fwd
@@ -97,6 +98,14 @@ def run_varlen_attention(query, key, value):
     return out.sum() + lse.square().sum()
 
 
+LAYOUT = r1kernels.SharedPrefixes([(2, [1, 2])])
+
+
+def run_prefix_attention(query, key, value):
+    out = r1kernels.prefix_attention(query, key, value, LAYOUT)
+    return LAYOUT.head_rows(out.flatten(1)).square().sum()
+
+
 def run_tiled_mlp(x, gate, up, down, bias, *lora):
     more = {"up_lora": (*lora, 2.0), "down_bias": bias, "tile_rows": 2}
     return r1kernels.tiled_mlp(x, gate, up, down, **more).square().sum()
@@ -118,6 +127,7 @@ CALLS = {
     "policy_loss": (run_policy_loss, lambda: (logits(),)),
     "group_advantages": (run_group_advantages, lambda: (logits(),)),
     "varlen_attention": (run_varlen_attention, heads),
+    "prefix_attention": (run_prefix_attention, lambda: tuple(x[:5] for x in heads())),
     "tiled_mlp": (run_tiled_mlp, mlp),
 }
 
@@ -178,6 +188,10 @@ def op_arguments():
         "varlen_attention": (
             varlen_attention_fwd,
             (*heads(), LENGTHS, torch.tensor([0, 3, 9]), None, None, True, 0.3, None, None, 2),
+        ),
+        "prefix_attention": (
+            prefix_attention_fwd,
+            (*(x.detach()[:5].requires_grad_() for x in heads()), *LAYOUT.offsets, 0.3),
         ),
         "linear_policy_loss": (
             linear_policy_loss_fwd,

@@ -145,7 +145,7 @@ def test_the_ratio_says_when_sharing_pays():
 def test_sequences_that_share_nothing_are_one_plain_call():
     layout = SharedPrefixes([(3, [4]), (1, [1]), (7, [2])])
     inputs = heads(layout, torch.float32)
-    assert layout.cross is None and layout.token_ratio == 1
+    assert layout.offsets[1:] == (None, None) and layout.token_ratio == 1
     expected, _ = attend(*inputs, Bounds([0, 7, 9, 18]), causal=True, scale=0.3)
     assert torch.equal(prefix_attention(*inputs, layout, scale=0.3), expected)
 
