@@ -118,9 +118,7 @@ def run_mlp(x: Tensor, mlp: Mlp, tile_rows: int | None) -> Tensor:
     if tile_rows is not None and tile_rows < 1:
         raise ValueError(f"tile_rows must be at least 1, got {tile_rows}")
     scales = (p.scale for p in mlp[:3])
-    x_TD = x.reshape(-1, x.shape[-1])
-    tensors = mlp.tensors.values()
-    return tiled_mlp_fwd(x_TD, *tensors, *scales, mlp.activation, tile_rows).view(x.shape)
+    return tiled_mlp_fwd(x, *mlp.tensors.values(), *scales, mlp.activation, tile_rows)
 
 
 def mlp_chunk(
@@ -191,7 +189,7 @@ def _tiles(
 
 _TENSORS = [f"{name}_{key}" for name in Mlp._fields[:3] for key in KEYS]
 # An op's arguments: x, the tensors of an Mlp, three scales, activation, rows of a tile.
-SCHEMA = "Tensor x_TD, " + ", ".join(
+SCHEMA = "Tensor x, " + ", ".join(
     [f"Tensor{'' if x.endswith('_weight') else '?'} {x}" for x in _TENSORS]
     + [f"float {name}_scale" for name in Mlp._fields[:3]]
     + ["str activation", "int? tile_rows"]
@@ -200,12 +198,12 @@ COUNT = 1 + len(_TENSORS)
 
 
 def _split(args: tuple) -> tuple[Tensor, Mlp, int | None]:
-    """x, the MLP with its parameters as they came, and the rows of a tile."""
-    x_TD, *tensors = args[:COUNT]
+    """The rows of x, the MLP with its parameters as they came, and the rows of a tile."""
+    x, *tensors = args[:COUNT]
     *scales, activation, tile_rows = args[COUNT:]
     each = zip(range(0, len(tensors), len(KEYS)), scales, strict=True)
     parts = (Projection(*tensors[at : at + len(KEYS)], scale) for at, scale in each)
-    return x_TD, Mlp(*parts, activation), tile_rows
+    return x.reshape(-1, x.shape[-1]), Mlp(*parts, activation), tile_rows
 
 
 @torch.library.custom_op(
@@ -213,47 +211,50 @@ def _split(args: tuple) -> tuple[Tensor, Mlp, int | None]:
 )
 @isolated
 def tiled_mlp_fwd(*args):
-    """y [T, D]."""
+    """y [..., D]."""
     x_TD, mlp, tile_rows = _split(args)
     mlp = mlp.to(x_TD.dtype)
-    y_TD = x_TD.new_empty(x_TD.shape)
+    # Of x's shape from the start: FSDP2 warns of a module whose output is a view.
+    y = x_TD.new_empty(args[0].shape)
+    y_TD = y.view(x_TD.shape)
     space_XCI, tiles = _tiles(2, x_TD, mlp, tile_rows)
     for at in tiles:
         mlp_chunk(x_TD[at], mlp, space_XCI, y_TD[at])
-    return y_TD
+    return y
 
 
 @tiled_mlp_fwd.register_fake
-def _(x_TD, *_rest):
-    return x_TD.new_empty(x_TD.shape)
+def _(x, *_rest):
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op(
     "r1kernels::tiled_mlp_bwd",
     mutates_args=(),
-    schema=f"(Tensor dy_TD, {SCHEMA}, bool[] needs) -> Tensor[]",
+    schema=f"(Tensor dy, {SCHEMA}, bool[] needs) -> Tensor[]",
 )
 @isolated
-def tiled_mlp_bwd(dy_TD, *args):
+def tiled_mlp_bwd(dy, *args):
     """The gradients that are needed of x and of the tensors of the MLP, in their order."""
     *args, needs = args
     x_TD, given, tile_rows = _split(args)
-    mlp = given.to(x_TD.dtype)
+    dy_TD, mlp = dy.reshape(x_TD.shape), given.to(x_TD.dtype)
     wanted = {
         key: x for (key, x), need in zip(given.tensors.items(), needs[1:], strict=True) if need
     }
     grads = WeightGrads(wanted)
-    dx_TD = x_TD.new_empty(x_TD.shape) if needs[0] else None
+    found = [dy.new_empty(dy.shape)] if needs[0] else []
+    dx_TD = found[0].view(x_TD.shape) if needs[0] else None
     space_XCI, tiles = _tiles(3, x_TD, mlp, tile_rows)
     for at in tiles:
         out_CD = None if dx_TD is None else dx_TD[at]
         mlp_chunk_backward(dy_TD[at], x_TD[at], mlp, grads, space_XCI, out_CD, needs[0])
     del space_XCI
-    return [dx_TD] * needs[0] + [grads.deliver(key) for key in wanted]
+    return found + [grads.deliver(key) for key in wanted]
 
 
 @tiled_mlp_bwd.register_fake
-def _(dy_TD, *args):
+def _(dy, *args):
     *args, needs = args
     return [x.new_empty(x.shape) for x, need in zip(args[:COUNT], needs, strict=True) if need]
 
@@ -263,10 +264,10 @@ def _setup(ctx, inputs, output):
     ctx.plain = inputs[COUNT:]
 
 
-def _grad(ctx, dy_TD):
+def _grad(ctx, dy):
     no_second_derivative("tiled_mlp")
     needs = list(ctx.needs_input_grad[:COUNT])
-    found = iter(tiled_mlp_bwd(dy_TD, *ctx.saved_tensors, *ctx.plain, needs))
+    found = iter(tiled_mlp_bwd(dy, *ctx.saved_tensors, *ctx.plain, needs))
     return *(next(found) if need else None for need in needs), *[None] * len(ctx.plain)
 
 

@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from torch.utils.checkpoint import checkpoint
 
 from r1kernels import tiled_mlp
-from r1kernels.backend import refusal
 from r1kernels.reference.glu import ACTIVATIONS, glu
 from tests.numerics import assert_no_worse, relative_l2
 from tests.ops import mlp_ranks
+from tests.ops.head_cases import supported
 
 ROOT = Path(__file__).resolve().parents[2]
 T, D, I, R, SCALE = 37, 24, 40, 3, 1.7
 PARTS = {"gate": (I, D), "up": (I, D), "down": (D, I)}
 
 
-def draw(dtype=torch.float32, bias=False, lora=False, rows=T):
+def draw(dtype=torch.float32, bias=False, lora=False, rows=T, device="cpu"):
     """x and the parameters by name; products of about the size of their inputs."""
     given = {"x": torch.randn(rows, D)}
     for name, (outputs, inputs) in PARTS.items():
@@ -31,7 +32,7 @@ def draw(dtype=torch.float32, bias=False, lora=False, rows=T):
         if lora:
             given[f"{name}_a"] = torch.randn(R, inputs) * inputs**-0.5
             given[f"{name}_b"] = torch.randn(outputs, R) * R**-0.5
-    return {name: x.to(dtype) for name, x in given.items()}
+    return {name: x.to(device, dtype) for name, x in given.items()}
 
 
 def ours(given, activation="silu", **more):
@@ -82,9 +83,12 @@ def check(given, dy, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_eager(backend, dtype, tile_rows):
     given, dy = draw(dtype, bias=tile_rows == 16), torch.randn(T, D).to(dtype)
-    if refusal("glu", backend, dy) or (backend == "triton" and tile_rows == 1):
-        return  # Without a GPU Triton is interpreted: no bfloat16, and slow.
-    check(given, dy, tile_rows=tile_rows)
+    given, dy = {name: x.to(DEVICE) for name, x in given.items()}, dy.to(DEVICE)
+    if supported(backend, dtype):
+        check(given, dy, tile_rows=tile_rows)
+    else:
+        with pytest.raises(RuntimeError, match="glu: triton: the interpreter truncates"):
+            ours(given)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -187,6 +191,32 @@ def test_nothing_beyond_a_tile_is_allocated():
     leaves = {name: x.clone().requires_grad_(name not in weights) for name, x in few.items()}
     _, largest = profile(lambda: ours(leaves, tile_rows=4).backward(dy[:8]))
     assert largest < 4 * D * I, f"{largest} bytes at once: the size of a weight"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_on_a_gpu(dtype, activation):
+    given = draw(dtype, bias=True, lora=True, rows=600, device="cuda")
+    check(given, torch.randn(600, D).to("cuda", dtype), activation=activation, tile_rows=256)
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu():
+    """Beside y, dx and the float32 sums: one tile."""
+    rows, D, I, tile = 32768, 512, 4096, 1024
+    sizes = ((rows, D), (I, D), (I, D), (D, I))
+    leaves = [torch.randn(*x, device="cuda").mul_(x[1] ** -0.5).bfloat16() for x in sizes]
+    leaves = [x.requires_grad_() for x in leaves]
+    dy = torch.randn(rows, D, device="cuda").bfloat16()
+    tiled_mlp(*leaves, tile_rows=tile).backward(dy)  # the library's workspace
+    for x in leaves:
+        x.grad = None
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    tiled_mlp(*leaves, tile_rows=tile).backward(dy)
+    taken = torch.cuda.max_memory_allocated() - base
+    assert taken <= 1.05 * (2 * 2 * rows * D + 6 * tile * I + 3 * 6 * D * I), taken
 
 
 def test_no_second_derivative():
