@@ -1,6 +1,7 @@
 """What only a GPU can show of offloading: copies beside the work, memory, exactness under load."""
 
 import gc
+import importlib
 import statistics
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from r1kernels import HostStore, offloaded_checkpoint
+from r1kernels import HostStore, offloaded_checkpoint, varlen_attention
 from r1kernels.host_store import CudaStreams
 from r1kernels.pinned_pool import SLAB, HostMemoryError
 
@@ -28,6 +29,17 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.down(nn.functional.silu(self.up(x))))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).view(len(x), 3, D // 128, 128).unbind(1)
+        offsets = torch.tensor([0, len(x) // 3, len(x)])
+        return x + self.out(varlen_attention(*parts, offsets).flatten(1))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +117,27 @@ def test_inputs_are_not_on_the_device(model):
     assert ours[0] <= 3.1 * NBYTES
     # In the backward at most two inputs are there, that of the layer and the one before it.
     assert ours[1] <= theirs[1] - (LAYERS - 2.1) * NBYTES
+
+
+def test_attention_comes_from_the_store(monkeypatch):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(Attention() for _ in range(4)).to("cuda", torch.bfloat16)
+    wanted, calls = list(layers.parameters()), []
+    module = importlib.import_module("r1kernels.varlen_attention")
+    attend = module.attend
+    monkeypatch.setattr(module, "attend", lambda *a, **o: calls.append(1) or attend(*a, **o))
+    # Else the backward of attention adds in any order.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        expected = gradients(layers, torch_checkpoint, wanted)
+        assert len(calls) == 8
+        calls.clear()
+        for device_bytes in (0, 100 * NBYTES):
+            how = partial(offloaded_checkpoint, store=HostStore(device_bytes), save_attention=True)
+            assert equal(gradients(layers, how, wanted), expected)
+        assert len(calls) == 8
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_pool_serves_every_length(model):

@@ -160,7 +160,6 @@ def test_the_input_before_comes_back_while_a_layer_runs_its_backward(any_torch):
 
 
 def test_blocks_are_free_after_the_backward_without_the_collector(store, any_torch):
-    gc.collect()
     gc.disable()
     try:
         gradients(layers(), partial(offloaded_checkpoint, store=store))
