@@ -12,7 +12,10 @@ from conftest import DEVICE
 from torch.utils.checkpoint import checkpoint
 
 from r1kernels import tiled_mlp
+from r1kernels.projection import Projection
 from r1kernels.reference.glu import ACTIVATIONS, glu
+from r1kernels.tiled_mlp import Mlp, mlp_chunk, mlp_chunk_backward
+from r1kernels.weight_grads import WeightGrads
 from tests.numerics import assert_no_worse, relative_l2
 from tests.ops import mlp_ranks
 from tests.ops.head_cases import supported
@@ -115,6 +118,21 @@ def test_leading_shape_and_no_rows():
     empty = gradients(ours, draw(rows=0), torch.zeros(0, D))
     assert empty["y"].shape == (0, D)
     assert all(not empty[f"{name}_weight"].any() for name in PARTS)
+
+
+def test_a_chunk_by_itself_whose_dx_overwrites_dy():
+    given, dy = draw(), torch.randn(T, D)
+    expected = gradients(ours, given, dy)
+    parts = [Projection(given[f"{name}_weight"]) for name in PARTS]
+    mlp = Mlp(*parts, "silu")
+    grads = WeightGrads({"up.weight": parts[1].weight_NK})
+    torch.testing.assert_close(mlp_chunk(given["x"], mlp), expected["y"])
+    dx = mlp_chunk_backward(dy, given["x"], mlp, grads, out_CD=dy)
+    assert dx is dy
+    torch.testing.assert_close(dx, expected["x"])
+    torch.testing.assert_close(grads.deliver("up.weight"), expected["up_weight"])
+    assert grads.deliver("gate.weight") is None
+    assert mlp_chunk_backward(dy, given["x"], mlp, WeightGrads({}), input_grad=False) is None
 
 
 def test_512_tiles_are_as_good_as_one():
