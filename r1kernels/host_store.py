@@ -17,6 +17,7 @@ So memory becomes free at fixed places of the program, whatever the host's lead 
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -151,6 +152,10 @@ class HostStore:
             self._pool.clear()
             for streams in self._streams.values():
                 streams.unpin_unused()
+
+    def __reduce__(self):
+        # A copied or saved model brings an empty store of the same size.
+        return partial(HostStore, host_bytes=self._pool.limit), (self.device_bytes,)
 
     def _alive(self) -> list["_HostHandle"]:
         return [handle for reference in self._handles if (handle := reference()) is not None]

@@ -1,6 +1,8 @@
 """HostStore and its pool: tensors come back, in any order of the streams; budgets; errors."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -293,6 +295,15 @@ def test_a_cpu_tensor_is_held_and_never_copied():
         handle.take()
     with torch.inference_mode():
         assert store.put(torch.zeros(4)).take().shape == (4,)
+
+
+def test_a_copy_is_an_empty_store_of_the_same_size():
+    store = HostStore(7, host_bytes=900, streams=EagerStreams())
+    held = store.put(torch.zeros(50))
+    for again in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
+        assert (again.device_bytes, again._pool.limit) == (7, 900)
+        assert again.usage() == (0, 0, 0)
+    assert store.usage().host == 256 and held.nbytes == 200
 
 
 def test_bad_arguments():

@@ -1,5 +1,6 @@
 """offloaded_checkpoint and checkpoint_layers: the gradients of torch's own, and what is kept."""
 
+import copy
 import gc
 import importlib
 import os
@@ -430,6 +431,8 @@ def test_layers_of_a_decoder(decoder):
     with checkpoint_layers(decoder) as done:
         assert done.names == [f"model.layers.{i}" for i in range(3)]
         assert equal(decoder_gradients(decoder), before)
+        copied = copy.deepcopy(decoder)
+        assert equal(decoder_gradients(copied), before) and copied.is_gradient_checkpointing
         with pytest.raises(ValueError, match="under checkpoint_layers already"):
             checkpoint_layers(decoder)
     assert not decoder.is_gradient_checkpointing
