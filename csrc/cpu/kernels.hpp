@@ -140,8 +140,8 @@ struct KeptWeight {
 // The order is that of ACTIVATIONS in r1kernels/reference/glu.py.
 enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
-// h = act(gate) * up of `count` elements, in place. Forward: gate becomes h. Backward: dh becomes h,
-// gate and up their gradients.
+// h = act(gate) * up of `count` elements, in place. Forward: gate becomes h. Backward: dh becomes
+// h, gate and up their gradients.
 struct Glu {
   void* dh;  // null in the forward
   void* gate;
