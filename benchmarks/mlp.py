@@ -58,6 +58,18 @@ def providers() -> dict[str, Callable]:
     return found
 
 
+def same_gradients(steps: dict[str, Callable], leaves: list[Tensor]) -> None:
+    """Raises: RuntimeError unless all compute one function; a time of another means nothing."""
+    steps["untiled"]()
+    expected = [x.grad for x in leaves]
+    for name, once in steps.items():
+        once()
+        for x, truth in zip(leaves, expected, strict=True):
+            error = float((x.grad - truth).norm() / truth.norm())
+            if not error < 0.02:
+                raise RuntimeError(f"{name} differs from the untiled MLP by {error:.2e}")
+
+
 def main() -> None:
     T, D, I, dtype = (*sys.argv[1:], *DEFAULT[len(sys.argv) - 1 :])
     T, D, I, dtype = int(T), int(D), int(I), getattr(torch, dtype)
@@ -77,6 +89,7 @@ def main() -> None:
         return once
 
     steps = {name: step(run) for name, run in providers().items()}
+    same_gradients(steps, leaves)
     times = {name: [] for name in steps}
     peaks = {name: [] for name in steps}
     for turn in range(ROUNDS + 1):

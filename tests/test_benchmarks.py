@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from benchmarks import harness, report, run
+from benchmarks import harness, mlp, report, run
 from benchmarks import problem as problems
 from benchmarks.cpu_suite import percentile, verdict
 from benchmarks.problem import MODES
@@ -245,3 +245,14 @@ def test_rl_verdict():
 def test_commit_is_a_hash_of_the_sources_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert re.fullmatch("sources-[0-9a-f]{12}", harness.commit())
+
+
+def test_mlp_table(monkeypatch, capsys):
+    monkeypatch.setattr(mlp, "ROUNDS", 1)
+    monkeypatch.setattr("sys.argv", ["mlp", "40", "8", "12"])
+    mlp.main()
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}  " in printed for name in mlp.providers())
+    monkeypatch.setattr(mlp, "tiled_mlp", lambda *x: 1.1 * mlp.untiled(*x))
+    with pytest.raises(RuntimeError, match="tiled_mlp differs from the untiled MLP by 1"):
+        mlp.main()
