@@ -14,6 +14,7 @@ Shapes: as in `attention_parts`; G = H / N, L tokens of a sequence, C rows of a 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -69,9 +70,29 @@ def choose(query_THE: Tensor, bounds: Bounds, rule: Rule) -> Kernel:
 # ---- flash attention on CUDA
 
 
-@cache
+_package_allowed = True
+
+
+def allow_flash_attn(allowed: bool) -> None:
+    """Whether the flash_attn package runs where it is installed; process-wide."""
+    global _package_allowed
+    _package_allowed = allowed
+
+
+def flash_kernels() -> str:
+    """What runs in half precision on CUDA, for a log."""
+    if _flash_attn() is None:
+        return "the flash kernels of torch"
+    return f"flash_attn {sys.modules['flash_attn'].__version__}"
+
+
 def _flash_attn():
     """The functions of the flash_attn package that this code knows, or None."""
+    return _installed_flash_attn() if _package_allowed else None
+
+
+@cache
+def _installed_flash_attn():
     try:
         import flash_attn
         from flash_attn import flash_attn_interface as interface
