@@ -21,6 +21,7 @@ OVERRIDE_HELP = "settings on top of the recipe, as section.key=value (rl.group_s
 EPILOG = """examples:
   r1 run recipes/toy.toml                      the whole toy chain on a CPU
   r1 rl recipes/r1_zero.toml model.path=...    R1-Zero from a model folder or hub id
+  r1 rl recipes/long_32k.toml --dry-run --gpu 80   what of 32k-token RL fits on 80 GiB
   r1 report runs/toy-rl                        curves and report.md of a run
 
 The same command goes on with a run that was stopped, at its last checkpoint.
@@ -73,8 +74,7 @@ def _describe(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return (
             f"{text}\nThe same command goes on from the last checkpoint with a smaller "
-            "rl.micro_batch_tokens or rollout.gpu_memory_utilization, or with "
-            "model.gradient_checkpointing=true"
+            "rl.micro_batch_tokens or rollout.gpu_memory_utilization, or with long.mode=stream"
         )
     return text
 
@@ -99,6 +99,15 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--print-config", action="store_true", help="print all settings and stop"
         )
+        if name == "rl":
+            command.add_argument(
+                "--dry-run", action="store_true",
+                help="check settings, data, rewards, memory and schedule without weights, and stop",
+            )  # fmt: skip
+            command.add_argument(
+                "--gpu", type=float, metavar="GIB",
+                help="--dry-run: plan for a GPU of this memory in place of the device found",
+            )  # fmt: skip
         command.set_defaults(handler=_stage, command=name)
     report = commands.add_parser("report", help="write plots/*.png and report.md of a run")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
@@ -119,6 +128,10 @@ def _stage(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.dumps(settings), end="")
         return 0
+    if getattr(options, "dry_run", False):
+        from r1.stages import dry_run
+
+        return 0 if dry_run.run(settings, options.gpu) else 2
     _set_threads(settings)
     # these import torch, which takes seconds that --help and errors in the settings should not
     from r1 import stages
