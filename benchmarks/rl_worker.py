@@ -232,7 +232,8 @@ def run_r1(turns: Turns, folder: Path, out: Path, engine: str) -> None:
     settings = config.from_dict(
         {
             "run": {"name": "rl", "dir": str(out), "device": "cpu", "tensorboard": False},
-            "model": {"path": str(folder), "dtype": "float32", "gradient_checkpointing": False},
+            "model": {"path": str(folder), "dtype": "float32"},
+            "long": {"mode": "plain"},
             "task": {"name": "jsonl", "path": str(out / "questions.jsonl")},
             "chat": {"template": TEMPLATE},
             "rollout": {"engine": engine, "max_tokens": MAX_TOKENS, "temperature": 1.0},

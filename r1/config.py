@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1 import schema
-from r1.config_training import RL, Base, Objective, Optim
+from r1.config_training import RL, Base, Long, Objective, Optim
 from r1.schema import at_least, fraction, positive
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Chat",
     "Config",
     "Eval",
+    "Long",
     "Model",
     "Objective",
     "Optim",
@@ -87,8 +88,8 @@ class Model:
     """Model folder, run directory (its newest checkpoint) or hub id, or "toy": the embedded one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Data type of the weights in forward and backward; float16 for evaluation alone."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass."""
+    kernels: Literal["auto", "none"] = "auto"
+    """Liger's RMSNorm, RoPE and SwiGLU and flash-attn on a GPU: "auto" takes what is installed."""
     trust_remote_code: bool = False
     """Let transformers run code that comes with the model."""
     toy: Toy = field(default_factory=Toy)
@@ -217,6 +218,7 @@ class PipelineStage:
 class Config:
     run: Run
     model: Model
+    long: Long = field(default_factory=Long)
     task: Task = field(default_factory=Task)
     chat: Chat = field(default_factory=Chat)
     rollout: Rollout = field(default_factory=Rollout)

@@ -40,6 +40,27 @@ class Optim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Long:
+    """What the backward pass of long sequences keeps and where; no loss or gradient depends on it
+    but for rounding."""
+
+    mode: Literal["auto", "plain", "checkpoint", "stream"] = "auto"
+    """"plain" keeps all activations, "checkpoint" the inputs of the layers, "stream" runs the
+    layers in chunks of queries; "auto" takes the first whose predicted peak fits."""
+    chunk_size: int | None = None
+    """stream: queries of a chunk; none lets it choose."""
+    device_gib: float | None = None
+    """Inputs of layers kept on the GPU, in GiB; the others wait in pinned host memory. None keeps
+    all there."""
+    save_attention: bool = False
+    """checkpoint: keep the attention's output too, which is then not computed twice."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "chunk_size")
+        at_least(self, 0, "device_gib")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
     steps: int = 500
     """Optimizer steps."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from r1 import attention, toy
+from r1 import attention, folders, kernels, toy
+from r1.folders import load_tokenizer
+from r1kernels.host_store import HostStore
+from r1kernels.offloaded_checkpoint import checkpoint_layers
 from r1kernels.shared_prefixes import SharedPrefixes
+from r1kernels.stream_model import stream_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from r1.config import Model
+    from r1.config import Long, Model
 
 # largest difference, relative to the largest value: of the model's logits from our head's, and of a
 # packed sequence from one alone
@@ -46,15 +49,61 @@ class CausalLM:
     """A transformers model, its tokenizer, and the two halves the kernels want.
 
     `module` is the transformers model (parameters, train/eval); its attention takes a plan, so it
-    is called through `hidden` and not directly.
+    is called through `hidden` and not directly. `kernels` says what of other libraries runs in it.
     """
 
     def __init__(self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.module = module
         self.tokenizer = tokenizer
         self.text_config = module.config.get_text_config()
-        # whether every layer sees all of a sequence's past, as batches with shared prompts need
-        self.shares_prefixes = True
+        # whether every layer sees all of a sequence's past
+        self.sees_all = True
+        self.kernels: dict[str, str] = {}
+        self._way: tuple[str, Long | None] = "plain", None
+        self._checkpointed = self._stream = None
+
+    def use(self, mode: str, settings: Long) -> None:
+        """Compute `hidden`, with and without gradients, this way from now on.
+
+        Args:
+            mode: one of `r1kernels.memory.MODES`; with "+offload" the inputs of layers wait in
+                host memory, but for settings.device_gib of them.
+            settings: the [long] section.
+
+        Raises: ValueError that names the module when "stream" does not recognise the model.
+        """
+        way, _, offload = mode.partition("+")
+        if self._checkpointed is not None:
+            self._checkpointed.undo()
+        self._checkpointed = self._stream = None
+        self._way = mode, settings
+        if way == "plain":
+            return
+        kept = int((settings.device_gib or 0) * 2**30) if offload else 2**62
+        if way == "checkpoint":
+            self._checkpointed = checkpoint_layers(
+                self.module, device_bytes=kept, save_attention=settings.save_attention
+            )
+        else:
+            self._stream = stream_model(
+                self.module,
+                chunk_size=settings.chunk_size,
+                store=HostStore(kept) if offload else None,
+                save_attention=settings.save_attention,
+            )
+
+    def frozen_copy(self) -> CausalLM:
+        """A copy without gradients that computes hidden states the same way."""
+        copied = CausalLM(copy.deepcopy(self.module), self.tokenizer)
+        copied.module.requires_grad_(False).eval()
+        if self._stream is not None:
+            copied.use(*self._way)
+        return copied
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether batches may have shared prompts once."""
+        return self.sees_all and self._stream is None
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +152,8 @@ class CausalLM:
             raise ValueError(
                 f"sequences must have 1 to {self.max_length} tokens, got lengths {lengths[:8]}"
             )
+        if self._stream is not None:
+            return self._stream(tokens, cu_seqlens=cu_seqlens)
         return self.run(tokens, attention.PackedPlan(lengths, tokens.device))
 
     def shared_hidden(self, tokens: Tensor, layout: SharedPrefixes) -> Tensor:
@@ -141,7 +192,7 @@ class CausalLM:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, configurations and tokenizer as a transformers model folder."""
-        with _no_progress_bars():
+        with folders.no_progress_bars():
             self.module.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -169,44 +220,25 @@ def load(
     attention.register()
     dtype = getattr(torch, config.dtype)
     if config.path == "toy":
-        lm = _build_toy(config, dtype, seed, template)
+        lm = CausalLM(*toy.build_model(config.toy, template, dtype, attention.NAME, seed))
     else:
         lm = _load_folder(config, dtype)
     lm.module.to(device)
-    if config.gradient_checkpointing and config.path != "toy":
-        lm.module.gradient_checkpointing_enable()
+    where = torch.device(device)
+    lm.kernels["Liger"] = kernels.apply_liger(lm.module, config.kernels, where)
+    lm.kernels["attention"] = kernels.select_attention(config.kernels, where, dtype)
     _check(lm, config.path)
     return lm
-
-
-def _build_toy(config: Model, dtype: torch.dtype, seed: int, template: str) -> CausalLM:
-    from transformers import GenerationConfig, Qwen2ForCausalLM
-
-    tokenizer = toy.build_tokenizer(template)
-    model_config = toy.model_config(config.toy, tokenizer)
-    model_config._attn_implementation = attention.NAME
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = Qwen2ForCausalLM(model_config).to(dtype)
-    module.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
-    )
-    return CausalLM(module, tokenizer)
 
 
 def _load_folder(config: Model, dtype: torch.dtype) -> CausalLM:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    path = os.path.expanduser(config.path)
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise FileNotFoundError(f"model.path names no folder: {path}")
-    latest = Path(path) / "checkpoints" / "latest"
-    if latest.is_file():
-        path = str(latest.with_name(latest.read_text().strip()))
+    path = folders.resolve(config.path)
     try:
         # a download takes minutes, and its bar is all there is to see
-        with _no_progress_bars() if Path(path).is_dir() else contextlib.nullcontext():
+        with folders.no_progress_bars() if Path(path).is_dir() else contextlib.nullcontext():
             module = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
@@ -224,39 +256,6 @@ def _load_folder(config: Model, dtype: torch.dtype) -> CausalLM:
             f"{type(module).__name__} does not take other attention functions: not supported"
         )
     return CausalLM(module, load_tokenizer(path, trust_remote_code=config.trust_remote_code))
-
-
-def load_tokenizer(
-    path: str | os.PathLike[str], *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id.
-
-    A folder whose own settings ask for the generic class gets it: AutoTokenizer goes by the model
-    type first and would make the embedded model's a Qwen2 tokenizer, which splits text otherwise.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    settings = Path(path) / "tokenizer_config.json"
-    if settings.is_file():
-        name = json.loads(settings.read_text()).get("tokenizer_class")
-        if name in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-            return PreTrainedTokenizerFast.from_pretrained(path)
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every folder, also for one that takes milliseconds."""
-    from transformers.utils import logging
-
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
 
 
 def _check(lm: CausalLM, path: str) -> None:
@@ -284,7 +283,7 @@ def _check(lm: CausalLM, path: str) -> None:
             .float()
         )
     lm.module.train(was_training)
-    lm.shares_prefixes = not plan.restricted
+    lm.sees_all = not plan.restricted
     leak = (second_TD - hidden_TD).abs().max() / hidden_TD.abs().max().clamp_min(1e-6)
     if not leak <= HEAD_TOLERANCE[lm.dtype]:
         raise ValueError(

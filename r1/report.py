@@ -49,6 +49,12 @@ def _summary(rows: list[dict], config: dict, facts: dict) -> str:
         return sum(series(rows, key)[1])
 
     peaks = series(rows, "memory/peak_rss_mib")[1]
+    gpu_peaks = series(rows, "memory/peak_gpu_mib")[1]
+    ways = facts.get("long", {})
+    way = ways.get("mode", "")
+    if way in ways.get("predicted_bytes", {}):
+        peak = ways["predicted_bytes"][way] / 2**20
+        way += f", predicted peak {peak:,.0f} MiB for {ways['tokens']:,} tokens"
     steps = series(rows, "time/step")[1]
     parity = series(rows, "parity/max")[1]
     lines = [
@@ -73,6 +79,9 @@ def _summary(rows: list[dict], config: dict, facts: dict) -> str:
             f"{total('train/skipped'):.0f}" if series(rows, "train/skipped")[1] else "",
         ),
         ("peak resident memory", f"{max(peaks):.0f} MiB" if peaks else ""),
+        ("peak GPU memory", f"{max(gpu_peaks):.0f} MiB" if gpu_peaks else ""),
+        ("hidden states", way),
+        *facts.get("kernels", {}).items(),
         ("started", facts.get("started", "")),
     ]
     return (

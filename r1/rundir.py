@@ -21,7 +21,11 @@ FREE = (
     "run.dir",
     "run.keep_checkpoints",
     "run.tensorboard",
-    "model.gradient_checkpointing",
+    "model.kernels",
+    "long.mode",
+    "long.chunk_size",
+    "long.device_gib",
+    "long.save_attention",
     "rollout.batch",
     "rollout.gpu_memory_utilization",
     "rollout.kv_cache_gib",
@@ -68,6 +72,18 @@ def opened(config: Config, stage: str, *, restart: bool = False) -> Iterator[Pat
             }
             write_atomically(folder / FACTS, json.dumps(facts, indent=1) + "\n")
         yield folder
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What run.json holds; nothing where there is none."""
+    path = folder / FACTS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_facts(folder: Path, **facts: Any) -> None:
+    """Put what a run found out about itself into its run.json."""
+    text = json.dumps({**read_facts(folder), **facts}, indent=1)
+    write_atomically(folder / FACTS, text + "\n")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -120,9 +136,7 @@ def _begun(folder: Path) -> bool:
 def _check_same(folder: Path, config: Config, stage: str) -> None:
     if not (folder / CONFIG).exists():
         return
-    facts = (
-        json.loads((folder / FACTS).read_text()) if (folder / FACTS).exists() else {"stage": stage}
-    )
+    facts = {"stage": stage, **read_facts(folder)}
     old = json.loads((folder / CONFIG).read_text())
     found = differences(old, json.loads(settings.dumps(config)))
     if facts["stage"] != stage:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Container, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from r1.config import Toy
 
@@ -74,6 +75,25 @@ def model_config(toy: Toy, tokenizer: PreTrainedTokenizerFast) -> PretrainedConf
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+
+
+def build_model(
+    toy: Toy, template: str, dtype: torch.dtype, attention: str, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A new embedded model and its tokenizer; the global generator is left as it was."""
+    import torch
+    from transformers import GenerationConfig, Qwen2ForCausalLM
+
+    tokenizer = build_tokenizer(template)
+    config = model_config(toy, tokenizer)
+    config._attn_implementation = attention
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = Qwen2ForCausalLM(config).to(dtype)
+    module.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
+    return module, tokenizer
 
 
 def expression(rng: random.Random, min_terms: int, max_terms: int) -> str:

@@ -36,8 +36,8 @@ LAYERS = {
     "r1": [
         "__init__ types schema config config_training rundir",
         "chat data rewards plots",
-        "tasks toy attention",
-        "model optim rollout batch evaluate",
+        "tasks toy attention folders kernels",
+        "model optim rollout batch evaluate long",
         "loss metrics checkpoint",
         "trainer report grade",
         "stages",
@@ -64,6 +64,7 @@ WITHOUT_TORCH = {
     "types",
 }
 ONLY_INSIDE_FUNCTIONS = {
+    "flash_attn",
     "liger_kernel",
     "matplotlib",
     "reasoning_gym",

@@ -1,13 +1,11 @@
 """The frozen policy that the KL term measures from."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_model, save_model
 
 from r1.batch import Minibatch
-from r1.model import CausalLM
 from r1.stages.session import Session
 
 FILE = "reference.safetensors"
@@ -24,8 +22,7 @@ class Reference:
         self.trainer = session.trainer
         self.refresh_every = refresh_every
         self.refreshed_at = 0
-        self.model = CausalLM(copy.deepcopy(session.model.module), session.model.tokenizer)
-        self.model.module.requires_grad_(False).eval()
+        self.model = session.model.frozen_copy()
         if session.state is not None:
             self.refreshed_at = session.state["reference_refreshed_at"]
             load_model(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from r1 import chat, checkpoint, model, rundir
+from r1 import chat, checkpoint, long, model, rundir
 from r1.config import Config, Optim, to_dict
 from r1.metrics import RunLog, Timer
 from r1.model import CausalLM
@@ -69,6 +69,7 @@ class Session:
             self.log.warn(text)
         checkpoint.seed_everything(config.run.seed)
         device = device_of(config)
+        budget = long.budget(config, device)
         source = replace(config.model, path=str(self.checkpoint or config.model.path))
         self.log.say(f"loading model {source.path} in {source.dtype} on {device}")
         self.model = model.load(
@@ -77,6 +78,10 @@ class Session:
             seed=config.run.seed,
             template=self.template,
         )
+        self.log.say(
+            "kernels: " + "; ".join(f"{name}: {text}" for name, text in self.model.kernels.items())
+        )
+        self._choose_long(budget, reference=bool(objective and objective.kl_coef))
         self.trainer = Trainer(
             self.model,
             optim,
@@ -91,6 +96,37 @@ class Session:
             self.trainer.load_state_dict(kept["trainer"])
             self.state, self._random = kept["stage"], kept["random"]
             self.log.say(f"resuming from {self.checkpoint}, step {self.start} of {total}")
+
+    def _choose_long(self, budget: long.Budget, *, reference: bool) -> None:
+        """Say, write down and set how the model's hidden states are computed."""
+        settings, began = self.config.long, rundir.read_facts(self.folder).get("long", {})
+        without: dict[str, str] = {}
+        while True:
+            choice = long.choose(
+                self.config,
+                self.model.text_config,
+                budget,
+                fused_layers=not self.model.kernels["Liger"].startswith("none"),
+                reference=reference,
+                # what a resumed run began with gives the same numbers to the last bit
+                first=began.get("mode") if self.checkpoint and settings.mode == "auto" else None,
+                without=without,
+            )
+            try:
+                self.model.use(choice.mode, settings)
+                break
+            except ValueError as error:
+                way = choice.mode.partition("+")[0]
+                if settings.mode != "auto" or way != "stream":
+                    raise
+                without[way] = str(error)
+        if choice.mode.startswith("stream") and not self.model.kernels["Liger"].startswith("none"):
+            self.model.kernels["Liger"] += " in sampling alone: stream has its own"
+        (self.log.say if choice.fits else self.log.warn)(
+            f"long.mode {settings.mode}: {choice.mode}, {choice.why}"
+        )
+        facts = choice.record() | {"asked": settings.mode}
+        rundir.add_facts(self.folder, long=facts, kernels=self.model.kernels)
 
     def restore_random(self) -> None:
         """Global and private generators as the checkpoint has them; as seeded in a new run."""

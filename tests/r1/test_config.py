@@ -75,6 +75,9 @@ def test_overrides_win_over_the_file(tmp_path):
         ("run.name.x=3", ["'run.name'"]),
         ("run.name=a/b", ["run.name", "'a/b'"]),
         ('pipeline=[{stag="rl"}]', ["pipeline[0].stag", "pipeline[0].stage"]),
+        ("model.gradient_checkpointing=true", ["it is 'long.mode' now"]),
+        ("long.mode=fast", ["long.mode", "'stream'"]),
+        ("long.chunk_size=0", ["long.chunk_size", "at least 1"]),
     ],
 )
 def test_mistakes_name_the_key_and_its_origin(override, words):
@@ -139,7 +142,7 @@ def test_every_field_has_a_docstring():
                 for first, then in zip(node.body, node.body[1:], strict=False)
                 if isinstance(first, ast.AnnAssign) and isinstance(then, ast.Expr)
             }
-            sections = {"run", "model", "task", "chat", "rollout", "base", "rl", "eval"}
+            sections = {"run", "model", "long", "task", "chat", "rollout", "base", "rl", "eval"}
             exempt = sections if node.name == "Config" else set()
             assert set(fields) - followed <= exempt, node.name
 

@@ -24,7 +24,6 @@ seed = 3
 [model]
 path = "toy"
 dtype = "float32"
-gradient_checkpointing = false
 toy = { hidden = 32, layers = 1, heads = 1, intermediate = 32, max_positions = 96 }
 
 [task]

@@ -67,6 +67,8 @@ def fake_run(folder, steps=60):
         json.dumps({"rollout": {"engine": "vllm"}, "model": {"path": "toy"}})
     )
     facts = {"stage": "rl", "versions": {"torch": "2.13.0"}, "started": "2026-01-01 10:00"}
+    facts["long"] = {"mode": "stream", "tokens": 2048, "predicted_bytes": {"stream": 3 << 20}}
+    facts["kernels"] = {"Liger": "none: no GPU"}
     (folder / "run.json").write_text(json.dumps(facts))
     return folder
 
@@ -75,6 +77,8 @@ def test_report(tmp_path):
     page = report.write(fake_run(tmp_path / "toy-rl"))
     text = page.read_text()
     assert "| held-out pass@1 | 0.350 -> 0.946 |" in text
+    assert "| hidden states | stream, predicted peak 3 MiB for 2,048 tokens |" in text
+    assert "| Liger | none: no GPU |" in text
     assert "| sampler | vllm |" in text and "| torch | 2.13.0 |" in text
     assert "| rollout | 61 | 0.900 | 54.9 |" in text
     assert text.index("no 'idea'") < text.index("<answer>7</answer>")
