@@ -95,3 +95,12 @@ def test_nan_stays_nan(backend, activation):
     h, dh, dgate, dup = ours(implementation("glu", DEVICE, x), one, x, one, activation)
     for out in (h, dh, dgate, dup):
         assert out[0, 0].isnan() and not out[0, 1].isnan()
+
+
+@pytest.mark.gpu
+def test_more_elements_than_an_int32_counts():
+    count = 2**31 + 2**12
+    gate, up = (torch.full((1, count), x, dtype=torch.bfloat16, device="cuda") for x in (1, 2))
+    h = 2 * torch.nn.functional.silu(torch.ones(())).bfloat16()
+    implementation("glu", "cuda", gate, up).forward_(gate, up, "silu")
+    assert (gate[:, :4096] == h).all() and (gate[:, -8192:] == h).all()
