@@ -47,7 +47,9 @@ def varlen_attention(
         scale: of the scores, > 0; None: E ** -0.5.
         window: with causal: a query sees the last `window` of its keys only, its own among them.
         softcap: > 0: scores become softcap tanh(scores / softcap).
-        max_seqlen, max_seqlen_key: the longest sequence's queries and keys, if known.
+        max_seqlen, max_seqlen_key: the longest sequence's queries and keys, if known. Not needed,
+            and not looked at, where the offsets are on the CPU; beside a GPU's query they are
+            trusted, and tokens of a longer sequence would be left out.
         head_groups: the backward takes the key-value heads in as many turns, so that its transients
             are 1 / head_groups as large; None: as many as keep them below
             `attention_parts.HEAD_WORKSPACE` bytes, and do not grow with the number of heads.
