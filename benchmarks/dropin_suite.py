@@ -207,7 +207,7 @@ class _Side:
                 return loss, torch.autograd.grad(loss, logits)
 
             return of_logits
-        model, trainer = self._model(), self._trainer(grpo)
+        model, trainer = self._model(), grpo_trainer(grpo)
         trainer.model = model
         if self.case == "trl_frozen":
             model.lm_head.weight.requires_grad_(False)
@@ -234,37 +234,6 @@ class _Side:
             return loss, torch.autograd.grad(loss, trained)
 
         return of_trainer
-
-    @staticmethod
-    def _trainer(grpo):
-        """A GRPOTrainer with what _compute_loss reads, DAPO's loss."""
-        from collections import defaultdict
-        from types import SimpleNamespace
-
-        trainer = object.__new__(grpo.GRPOTrainer)
-        vars(trainer).update(
-            _entropy_bonus_enabled=False,
-            _metrics={"train": defaultdict(list)},
-            accelerator=SimpleNamespace(
-                is_main_process=True,
-                num_processes=1,
-                autocast=contextlib.nullcontext,
-                gather=lambda x: x,
-                reduce=lambda x, reduction: x,
-            ),
-            args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False),
-            aux_loss_enabled=False,
-            beta=0.0,
-            current_gradient_accumulation_steps=1,
-            epsilon_high=0.28,
-            epsilon_low=0.2,
-            importance_sampling_level="token",
-            loss_type="dapo",
-            off_policy_mask_threshold=None,
-            top_entropy_quantile=1.0,
-            use_vllm=False,
-        )
-        return trainer
 
     def _liger(self) -> Callable:
         import liger_kernel.chunked_loss as liger
@@ -304,6 +273,37 @@ class _Side:
             return loss, torch.autograd.grad(loss, trained)
 
         return of_model
+
+
+def grpo_trainer(grpo):
+    """A GRPOTrainer with what _compute_loss reads, DAPO's loss."""
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    trainer = object.__new__(grpo.GRPOTrainer)
+    vars(trainer).update(
+        _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)},
+        accelerator=SimpleNamespace(
+            is_main_process=True,
+            num_processes=1,
+            autocast=contextlib.nullcontext,
+            gather=lambda x: x,
+            reduce=lambda x, reduction: x,
+        ),
+        args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False),
+        aux_loss_enabled=False,
+        beta=0.0,
+        current_gradient_accumulation_steps=1,
+        epsilon_high=0.28,
+        epsilon_low=0.2,
+        importance_sampling_level="token",
+        loss_type="dapo",
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+    )
+    return trainer
 
 
 if __name__ == "__main__":

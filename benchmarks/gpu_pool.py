@@ -16,9 +16,17 @@ class OutOfTime(Exception):
 class Pool:
     """The workers by family, started when first asked for and again after one died."""
 
-    def __init__(self, device: str, threads: int, folder: Path, deadline: float):
+    def __init__(
+        self,
+        device: str,
+        threads: int,
+        folder: Path,
+        deadline: float,
+        module: str = "benchmarks.gpu_worker",
+        env: dict | None = None,
+    ):
         self.device, self.threads, self.folder = device, threads, folder
-        self.deadline = deadline
+        self.deadline, self.module, self.env = deadline, module, env
         self.workers: dict[str, Worker] = {}
         self.greeted: dict[str, dict] = {}
 
@@ -27,10 +35,11 @@ class Pool:
         for family in families:
             if family not in self.workers:
                 self.workers[family] = Worker(
-                    "benchmarks.gpu_worker",
+                    self.module,
                     [self.device, str(self.threads)],
                     self.threads,
                     self.folder / f"{family}.log",
+                    self.env,
                 )
                 self.workers[family].send({"do": "hello"})
 
@@ -41,11 +50,17 @@ class Pool:
             self.greeted[family] = self._receive(family, START_TIMEOUT)
         return self.greeted[family]
 
-    def ask(self, family: str, request: dict) -> dict:
+    def ask(self, family: str, request: dict, timeout: float | None = None) -> dict:
         """Raises WorkerError with the reason, OutOfTime after the deadline."""
         self.hello(family)
         self.workers[family].send(request)
-        return self._receive(family, TURN_TIMEOUT)
+        return self._receive(family, timeout or TURN_TIMEOUT)
+
+    def only(self, family: str) -> None:
+        """End the others, whose contexts hold memory of the device."""
+        for name in [name for name in self.workers if name != family]:
+            self.workers.pop(name).close()
+            self.greeted.pop(name, None)
 
     def _receive(self, family: str, timeout: float) -> dict:
         left = self.deadline - time.monotonic()

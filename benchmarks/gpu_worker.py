@@ -13,7 +13,7 @@ import torch
 from benchmarks import checks, logits_op
 from benchmarks import problem as head
 from benchmarks.harness import MIB, machine, serve
-from benchmarks.meter import gpu_facts, gpu_state, meter
+from benchmarks.meter import gpu_facts, gpu_state, guarded, meter
 from benchmarks.poison import poisoned_memory
 from benchmarks.provider import Missing
 from benchmarks.providers import accumulate, find, variants
@@ -29,7 +29,7 @@ class GpuWorker:
         self.device = device
         self.threads = threads
         self.handlers = {
-            name: self._guarded(getattr(self, name))
+            name: guarded(self.meter, getattr(self, name))
             for name in ("hello", "variants", "state", "rates", "truth", "turn", "check")
         }
 
@@ -179,25 +179,6 @@ class GpuWorker:
         if known and _sums(problem) != known["sums"]:
             raise RuntimeError("this process drew another problem than the one with the truth")
         return problem
-
-    def _guarded(self, handler):
-        """Between requests a worker holds no memory; one that ran out of it, or that has not what
-        was asked for, is well.
-        """
-
-        def answer(**request) -> dict:
-            try:
-                return handler(**request)
-            except torch.OutOfMemoryError as error:
-                reason = "out of memory: " + str(error).split(". ")[0]
-            except Missing as error:
-                reason = str(error)
-            finally:
-                self.meter.release()
-            # Raised here, where no traceback keeps the handler's tensors.
-            raise Missing(reason)
-
-        return answer
 
 
 def _sums(problem: dict) -> list[float]:

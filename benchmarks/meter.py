@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.harness import MIB, reset_peak, status_mib
+from benchmarks.provider import Missing
 
 FLUSH_BYTES = 256 * MIB
 GPU_FIELDS = (
@@ -47,6 +48,18 @@ class Cpu:
         base = reset_peak()
         result = run()
         return result, status_mib("VmHWM") - base
+
+    def clock(self, run: Callable) -> float:
+        """Milliseconds of one iteration that takes long, by the host's clock."""
+        self.wait()
+        start = time.perf_counter()
+        run()
+        self.wait()
+        return (time.perf_counter() - start) * 1e3
+
+    def high_mib(self) -> float:
+        """All that was in use at the last `peak`'s peak."""
+        return status_mib("VmHWM")
 
     def wait(self) -> None:
         """All work that was started is done, or its error is raised here."""
@@ -96,6 +109,9 @@ class Cuda(Cpu):
         torch.cuda.synchronize()
         return result, (torch.cuda.max_memory_allocated() - base) / MIB
 
+    def high_mib(self) -> float:
+        return torch.cuda.max_memory_allocated() / MIB
+
     def wait(self) -> None:
         torch.cuda.synchronize()
 
@@ -134,6 +150,26 @@ def gpu_facts() -> dict:
         "driver": gpu_state().get("driver_version"),
         "power_limit_w": gpu_state().get("power.limit"),
     }
+
+
+def guarded(meter: Cpu, handler: Callable) -> Callable:
+    """A worker's handler after which it holds no memory; one that ran out of it, or that has not
+    what was asked for, is well.
+    """
+
+    def answer(**request) -> dict:
+        try:
+            return handler(**request)
+        except torch.OutOfMemoryError as error:
+            reason = "out of memory: " + str(error).split(". ")[0]
+        except Missing as error:
+            reason = str(error)
+        finally:
+            meter.release()
+        # Raised here, where no traceback keeps the handler's tensors.
+        raise Missing(reason)
+
+    return answer
 
 
 def _nothing() -> None:

@@ -16,6 +16,7 @@ from benchmarks.cpu_suite import is_ours, verdict
 from benchmarks.gpu_rows import summary
 from benchmarks.gpu_worker import GpuWorker
 from benchmarks.harness import WorkerError
+from benchmarks.meter import guarded
 from benchmarks.provider import Missing, Provider, Result
 from benchmarks.providers import PROVIDERS, accumulate, find, variants
 from benchmarks.shapes import Shape
@@ -354,7 +355,7 @@ def test_out_of_memory_is_missing_and_leaves_nothing_behind(monkeypatch):
         seen = []
         monkeypatch.setattr(worker.meter, "release", lambda seen=seen: seen.append(kept[-1]()))
         with pytest.raises(Missing) as raised:
-            worker._guarded(handler)()
+            guarded(worker.meter, handler)()
         assert str(raised.value) == reason
         assert seen == [None]
 
