@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks import exactness, report_cpu, report_gpu
+from benchmarks import exactness, report_cpu, report_gpu, report_longseq
 from benchmarks.harness import ROOT
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -67,6 +67,7 @@ def block(rows: list[dict], plots: dict[str, str]) -> str:
         exactness.section(rows),
         report_cpu.rl_step(rows),
         *report_gpu.block(rows),
+        *report_longseq.block(rows),
         *figures,
     ]
     regenerate = (
@@ -74,7 +75,8 @@ def block(rows: list[dict], plots: dict[str, str]) -> str:
         "benchmarks/results/cpu.jsonl`, "
         "`python -m benchmarks.exactness --json benchmarks/results/exactness.jsonl`, "
         "`python -m benchmarks.run --suite rl --json benchmarks/results/rl.jsonl`, on a GPU "
-        "`python -m benchmarks.run --suite gpu --minutes 8 --out benchmarks/results`, then "
+        "`python -m benchmarks.run --suite gpu --minutes 8 --out benchmarks/results`; "
+        "`python -m benchmarks.run --suite longseq --out benchmarks/results` on either; then "
         "`python -m benchmarks.report`."
     )
     return "\n\n".join([BEGIN, *parts, regenerate, END])
@@ -101,7 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = load(args.results)
     folder = args.readme.resolve().parent
-    plots = report_cpu.plot(rows, args.results) | report_gpu.plot(rows, args.results)
+    plots = {}
+    for module in (report_cpu, report_gpu, report_longseq):
+        plots |= module.plot(rows, args.results)
     figures = {caption: os.path.relpath(path.resolve(), folder) for caption, path in plots.items()}
     new = block(rows, figures)
     text = args.readme.read_text() if args.readme.exists() else f"{BEGIN}\n{END}\n"

@@ -4,6 +4,8 @@ python -m benchmarks.run --suite cpu --json benchmarks/results/cpu.jsonl
 python -m benchmarks.run --suite gpu --minutes 8 --out DIR [--full]
 python -m benchmarks.run --suite rl --json benchmarks/results/rl.jsonl
 python -m benchmarks.run --suite dropin
+python -m benchmarks.run --suite longseq --json benchmarks/results/longseq_cpu.jsonl
+python -m benchmarks.run --suite longseq --minutes 8 --out DIR
 python -m benchmarks.report
 """
 
@@ -18,8 +20,8 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT
 
-MINUTES = {"cpu": 12.0, "gpu": 8.0, "rl": 8.0, "dropin": 5.0}
-THREADS = {"cpu": 2, "gpu": 4, "rl": 2, "dropin": 2}
+MINUTES = {"cpu": 12.0, "gpu": 8.0, "rl": 8.0, "dropin": 5.0, "longseq": 10.0}
+THREADS = {"cpu": 2, "gpu": 4, "rl": 2, "dropin": 2, "longseq": 2}
 BUILD_TIMEOUT = 240.0
 
 
@@ -36,27 +38,27 @@ def main(argv: list[str] | None = None) -> int:
         "--json", type=Path, help="file of rows, one JSON object per line; replaced"
     )
     parser.add_argument(
-        "--out", type=Path, help="gpu suite: folder of the rows' file, which gets the GPU's name"
+        "--out", type=Path, help="folder of the rows' file, which gets the device's name"
     )
     parser.add_argument(
         "--providers", help="comma-separated; name, or module:attribute for one of your own"
     )
     parser.add_argument("--modes", help="all suites but rl: comma-separated modes")
-    parser.add_argument(
-        "--minutes", type=float, help="wall time: aimed at (12 for cpu, 8 for rl), kept (8 for gpu)"
-    )
+    parser.add_argument("--minutes", type=float, help="wall time: aimed at on a CPU, kept on a GPU")
     parser.add_argument("--threads", type=int, help="of each process (2; gpu 4)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes: checks the benchmark, measures nothing"
     )
     parser.add_argument("--full", action="store_true", help="gpu suite: the whole grid of heads")
     parser.add_argument(
-        "--skip", type=int, default=0, help="gpu suite: leave out the first cells and the checks"
+        "--skip", type=int, default=0, help="on a GPU: leave out the first cells or parts"
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="gpu suite: cpu tries it out"
+        "--device",
+        choices=("cuda", "cpu"),
+        help="of a GPU's plan (gpu, longseq; longseq looks for itself): cpu tries it out",
     )
-    parser.add_argument("--commit", help="gpu suite: what the rows name where no .git is")
+    parser.add_argument("--commit", help="gpu, longseq: what the rows name where no .git is")
     args = parser.parse_args(argv)
     if args.suite == "gpu" and not (args.out or args.json):
         parser.error("--suite gpu needs --out DIR")
@@ -73,17 +75,24 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks import rl_suite as suite
     elif args.suite == "dropin":
         from benchmarks import dropin_suite as suite
+    elif args.suite == "longseq":
+        from benchmarks import longseq_suite as suite
+
+        options |= {"device": args.device or suite.default_device(), "skip": args.skip}
+        options["commit_name"] = args.commit
     else:
         from benchmarks import gpu_suite as suite
 
-        options |= {"full": args.full, "skip": args.skip, "device": args.device}
+        options |= {"full": args.full, "skip": args.skip, "device": args.device or "cuda"}
         options["commit_name"] = args.commit
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            args.json = args.json or args.out / f"{suite.file_name(args.device)}.jsonl"
-        if args.device == "cuda":
+        if options["device"] == "cuda":
             build_extension()
             minutes -= (time.monotonic() - started) / 60
+    if args.out:
+        if args.suite not in ("gpu", "longseq"):
+            parser.error(f"--out is for gpu and longseq; --suite {args.suite} takes --json FILE")
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.json = args.json or args.out / f"{suite.file_name(options['device'])}.jsonl"
     # A terminated run still ends its workers and removes its files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     rows: list[dict] = []
@@ -108,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         + (f" -> {args.json}" if args.json else "")
     )
     print(suite.summary(rows))
-    fine = ("ok", "missing") if args.suite == "gpu" else ("ok",)
+    fine = ("ok", "missing") if options.get("device") else ("ok",)
     return int(
         any(
             row["status"] not in fine and (suite.is_ours(row) or row["op"] == "environment")

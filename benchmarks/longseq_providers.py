@@ -1,0 +1,279 @@
+"""Ways to train a decoder on a long sequence: ours, torch's, transformers' and Liger's.
+
+All share the fused head, so what differs is what happens to the layers.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.longseq_problem import Tokens
+from benchmarks.peers import load
+from benchmarks.provider import Missing
+from r1kernels.model_shape import ModelShape
+from r1kernels.packing import position_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongProvider:
+    """`apply(model)` changes a new transformers model and returns tokens -> hidden states [T, D].
+
+    `mode` is what `r1kernels.memory` calls it, None where it has no model of it. Of a layer's input
+    the GPU keeps `kept` copies until the backward; `host_width` is what a token leaves on the host,
+    in numbers per layer. `packs`: takes packed sequences.
+    """
+
+    name: str
+    apply: Callable
+    package: str = "torch"
+    suites: tuple[str, ...] = ("cpu", "gpu")
+    attention: str = "sdpa"
+    mode: str | None = None
+    kept: int = 1
+    host_width: Callable[[ModelShape], int] = lambda shape: 0
+    packs: bool = False
+    is_ours: bool = False
+    note: str = ""
+
+    @property
+    def backend(self) -> str:
+        return "r1kernels" if self.is_ours else self.package
+
+    def predict(
+        self, shape: ModelShape, T: int, *, dtype: str, device: str, workspace: int | None
+    ) -> float | None:
+        """Peak bytes above weights and gradients by the memory model."""
+        if self.mode is None:
+            return None
+        from r1kernels.memory import ITEMSIZE, peak_bytes
+
+        # A CPU has nowhere to offload to.
+        mode = self.mode if device == "cuda" else self.mode.removesuffix("+offload")
+        found = peak_bytes(
+            shape,
+            T,
+            mode=mode,
+            dtype=dtype,
+            optimizer="none",
+            device=device,
+            slack=0,
+            workspace_mb=workspace,
+            mlp_rows=tile_rows(shape, dtype, device) if self.is_ours else 0,
+            chunk_size=chunk_rows(shape.hidden, device),
+        )
+        return found.device - 2 * ITEMSIZE[dtype] * shape.params
+
+
+def chunk_rows(width: int, device: str) -> int:
+    """Queries of a chunk: on a GPU the default, on a CPU few, as the decoder is small."""
+    from r1kernels.stream_model import default_chunk_size
+
+    return default_chunk_size(width) if device == "cuda" else 8 * width
+
+
+def tile_rows(shape: ModelShape, dtype: str, device: str) -> int:
+    """Rows of a tile of the MLP: on a GPU the default."""
+    from r1kernels.memory import ITEMSIZE
+    from r1kernels.tiled_mlp import MIN_ROWS, WORKSPACE_MB
+
+    if device != "cuda":
+        return chunk_rows(shape.hidden, device)
+    row = 3 * shape.intermediate * ITEMSIZE[dtype]
+    return max(MIN_ROWS, WORKSPACE_MB[device] * 2**20 // row)
+
+
+def _hidden(model, packs: bool = False) -> Callable:
+    def hidden(tokens: Tokens) -> torch.Tensor:
+        asked = {}
+        if packs:
+            # On the host, so that a GPU is not waited for.
+            longest = max(tokens.lengths)
+            asked = {"cu_seq_lens_q": tokens.cu_seqlens, "cu_seq_lens_k": tokens.cu_seqlens}
+            asked |= {"max_length_q": longest, "max_length_k": longest}
+            positions_T = position_ids(tokens.cu_seqlens, len(tokens.ids_T))
+            asked["position_ids"] = positions_T[None].to(tokens.ids_T.device)
+        out = model.base_model(input_ids=tokens.ids_T[None], use_cache=False, **asked)
+        return out.last_hidden_state[0]
+
+    return hidden
+
+
+def _plain(model) -> Callable:
+    return _hidden(model)
+
+
+def _torch_checkpoint(model) -> Callable:
+    for layer in model.base_model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    return _hidden(model)
+
+
+def _transformers(offload: bool) -> Callable:
+    def apply(model) -> Callable:
+        if offload and not next(model.parameters()).is_cuda:
+            raise Missing("without a GPU there is nowhere to offload to")
+        model.gradient_checkpointing_enable(**({"offload": True} if offload else {}))
+        return _hidden(model)
+
+    return apply
+
+
+def _liger(model) -> Callable:
+    """Its tiled MLP under transformers' checkpointing; on a GPU its norms, RoPE and product too."""
+    tiled = load("liger-kernel", "liger_kernel.ops.tiled_mlp", "apply_tiled_mlp")
+    gpu = next(model.parameters()).is_cuda
+    if gpu:
+        patch = load("liger-kernel", "liger_kernel.transformers", "apply_liger_kernel_to_qwen2")
+        patch(
+            rope=True,
+            rms_norm=True,
+            swiglu=False,
+            cross_entropy=False,
+            fused_linear_cross_entropy=False,
+            model=model,
+        )
+        product = load("liger-kernel", "liger_kernel.ops", "LigerSiLUMulFunction").apply
+    for layer in model.base_model.layers:
+        mlp = layer.mlp
+
+        def fused(mlp, x):
+            return mlp.down_proj(product(mlp.gate_proj(x), mlp.up_proj(x)))
+
+        mlp.forward = functools.partial(tiled, fused if gpu else type(mlp).forward, mlp)
+    model.gradient_checkpointing_enable()
+    return _hidden(model)
+
+
+def _chunk(model) -> int | None:
+    """None: the default."""
+    device = next(model.parameters()).device.type
+    return None if device == "cuda" else chunk_rows(model.config.hidden_size, device)
+
+
+def _tiled(model) -> Callable:
+    from r1kernels import tile_mlps
+
+    tile_mlps(model, _chunk(model))
+    model.gradient_checkpointing_enable()
+    return _hidden(model, packs=True)
+
+
+def _offloaded(model) -> Callable:
+    from r1kernels import checkpoint_layers, tile_mlps
+
+    tile_mlps(model, _chunk(model))
+    checkpoint_layers(model, save_attention=True)
+    return _hidden(model, packs=True)
+
+
+def _stream(offload: bool) -> Callable:
+    def apply(model) -> Callable:
+        from r1kernels import HostStore, stream_model
+
+        store = HostStore() if offload else None
+        streamed = stream_model(model, chunk_size=_chunk(model), store=store)
+
+        def hidden(tokens: Tokens) -> torch.Tensor:
+            return streamed(tokens.ids_T, cu_seqlens=tokens.cu_seqlens)
+
+        return hidden
+
+    return apply
+
+
+def _inputs(shape: ModelShape) -> int:
+    return shape.hidden
+
+
+def _inputs_and_attention(shape: ModelShape) -> int:
+    """And attention's output, and a float32 log-sum-exp per head."""
+    return shape.hidden + shape.query_width + 2 * shape.heads
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        LongProvider(name="plain", apply=_plain, suites=("cpu",), mode="plain"),
+        LongProvider(
+            name="torch_checkpoint", apply=_torch_checkpoint, suites=("cpu",), mode="checkpoint"
+        ),
+        LongProvider(
+            name="transformers",
+            apply=_transformers(offload=False),
+            package="transformers",
+            mode="checkpoint",
+            note="gradient_checkpointing_enable()",
+        ),
+        LongProvider(
+            name="transformers_offload",
+            apply=_transformers(offload=True),
+            package="transformers",
+            suites=("gpu",),
+            mode="checkpoint+offload",
+            kept=0,
+            host_width=_inputs,
+            note="gradient_checkpointing_enable(offload=True)",
+        ),
+        LongProvider(
+            name="liger",
+            apply=_liger,
+            package="liger-kernel",
+            note="tiled MLP under transformers' checkpointing; torch's activation on a CPU",
+        ),
+        LongProvider(
+            name="checkpoint",
+            apply=_tiled,
+            attention="r1kernels",
+            mode="checkpoint",
+            packs=True,
+            is_ours=True,
+            note="tile_mlps under transformers' checkpointing",
+        ),
+        LongProvider(
+            name="offload",
+            apply=_offloaded,
+            attention="r1kernels",
+            mode="checkpoint+offload",
+            kept=0,
+            host_width=_inputs_and_attention,
+            packs=True,
+            is_ours=True,
+            note="tile_mlps, checkpoint_layers(save_attention=True)",
+        ),
+        LongProvider(
+            name="stream",
+            apply=_stream(offload=True),
+            mode="stream+offload",
+            kept=0,
+            host_width=_inputs,
+            packs=True,
+            is_ours=True,
+            note="stream_model, layer inputs in a HostStore",
+        ),
+        LongProvider(
+            name="stream_device",
+            apply=_stream(offload=False),
+            suites=("gpu",),
+            mode="stream",
+            packs=True,
+            is_ours=True,
+            note="stream_model, layer inputs on the device",
+        ),
+    )
+}
+
+
+def find(name: str) -> LongProvider:
+    """A provider by name, or by `module:attribute` if defined elsewhere."""
+    if ":" in name:
+        module, attribute = name.split(":")
+        return getattr(importlib.import_module(module), attribute)
+    if name not in PROVIDERS:
+        raise ValueError(
+            f"no provider {name!r}; there are {', '.join(PROVIDERS)}, or module:attribute"
+        )
+    return PROVIDERS[name]
