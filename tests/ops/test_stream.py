@@ -48,6 +48,15 @@ def model(request):
     return build(request.param, **KINDS[request.param])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of calls on a few rows: two threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tokens():
     return torch.randint(VOCABULARY, (TOKENS,))
@@ -257,7 +266,7 @@ def test_data_parallel(tmp_path):
         env={**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(stream_ranks.RANKS)]
