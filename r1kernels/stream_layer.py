@@ -127,7 +127,6 @@ class _StreamLayer(torch.autograd.Function):
     @staticmethod
     @isolated
     def forward(ctx, hidden, cos, sin, layer, chunks, save_attention, own_gradient, *parameters):
-        ctx.set_materialize_grads(False)
         ctx.layer, ctx.chunks, ctx.own_gradient = layer, chunks, own_gradient
         save_attention = save_attention and any(ctx.needs_input_grad)
         y_TD, attention = forward(hidden, cos, sin, layer.to(hidden.dtype), chunks, save_attention)
@@ -139,9 +138,6 @@ class _StreamLayer(torch.autograd.Function):
     @isolated
     def backward(ctx, dy_TD):
         check.no_second_derivative("stream_layer")
-        others = [None] * 6
-        if dy_TD is None:
-            return None, *others, *[None] * len(ctx.layer.parameters())
         hidden_TD, cos_TE, sin_TE, out_THE, lse_TH, *_ = ctx.saved_tensors
         parameters = ctx.layer.parameters()
         wanted = zip(parameters.items(), ctx.needs_input_grad[-len(parameters) :], strict=True)
@@ -151,7 +147,7 @@ class _StreamLayer(torch.autograd.Function):
             dy_TD, hidden_TD, cos_TE, sin_TE, ctx.layer.to(hidden_TD.dtype), ctx.chunks,
             (out_THE, lse_TH), grads, dx_TD,
         )  # fmt: skip
-        return dx_TD, *others, *(grads.deliver(name) for name in parameters)
+        return dx_TD, *[None] * 6, *(grads.deliver(name) for name in parameters)
 
 
 # The kinds that layers were of when they were compared with ours.

@@ -11,15 +11,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from r1kernels import PolicyObjective, linear_policy_loss
+from r1kernels import HostStore, PolicyObjective, host_store, linear_policy_loss
 from r1kernels.check import IGNORE
 from r1kernels.layer_chunks import cut
 from r1kernels.packing import shift_targets
+from r1kernels.pinned_pool import BLOCK
 from r1kernels.reference.policy_loss import policy_loss as policy_loss_ref
 from r1kernels.stream_layer import stream_layer, verify_layer
 from r1kernels.stream_model import default_chunk_size, stream_model
 from tests.numerics import assert_no_worse, relative_l2
 from tests.ops import stream_ranks
+from tests.ops.fake_streams import EagerStreams
 from tests.ops.stream_cases import (
     OFFSETS,
     PROMPTS,
@@ -359,6 +361,27 @@ def test_saved_attention_and_the_store_hold_what_they_say(tokens):
         assert {e[1] for e in fetched if e[0] == "take"} == set(range(1, 2 * each + 1))
         for i in range(1, each + 1):
             assert fetched.index(("prefetch", i)) < fetched.index(("take", i))
+
+
+def test_layer_inputs_in_host_memory(tokens, monkeypatch):
+    monkeypatch.setattr(host_store, "SMALL", 1)
+    model, dhidden = exact(build("Qwen3")), upstream()
+    grads = []
+    for store in (None, HostStore(streams=EagerStreams())):
+        stream = stream_model(model, chunk_size=16, store=store, save_attention=True)
+        hidden = stream(tokens, cu_seqlens=OFFSETS)
+        if store is not None:
+            # three tensors of each layer; the last layer's are still on their way
+            used = store.usage()
+            assert (used.host, used.device) == (2 * 3 * BLOCK, 8 * TOKENS * (32 + 4 * 8 + 4))
+        loss = (hidden * dhidden).sum()
+        trained = list(model.base_model.parameters())
+        for _ in range(2):
+            grads.append(torch.autograd.grad(loss, trained, retain_graph=True))
+        del hidden, loss
+    for other in grads[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(grads[0], other, strict=True))
+    assert store.usage().host == 0
 
 
 @pytest.mark.parametrize(
