@@ -59,7 +59,8 @@ def choose(query_THE: Tensor, bounds: Bounds, rule: Rule) -> Kernel:
         E = query_THE.shape[-1]
         limited = rule.window is not None and not bounds.square
         capped = rule.softcap is not None and _flash_attn() is None
-        if E % 8 == 0 and E <= 256 and not limited and not capped:
+        able = torch.cuda.get_device_capability(query_THE.device) >= (8, 0)
+        if able and E % 8 == 0 and E <= 256 and not limited and not capped:
             return FLASH
     elif query_THE.device.type == "cpu" and rule.softcap is None:
         unlimited = rule.window is None or rule.window >= max(bounds.longest)
@@ -102,11 +103,18 @@ def _installed_flash_attn():
     return interface if version >= (2, 7) else None
 
 
-def _flash_forward(query_THE, key_SNE, value_SNE, bounds, causal, rule):
-    cu, longest = bounds.on(query_THE.device), bounds.longest
+def _flash_limits(bounds: Bounds, causal: bool, rule: Rule):
+    """(longest queries and keys, window to the left, to the right)."""
     left, right = (-1 if rule.window is None else rule.window - 1), (0 if causal else -1)
-    if 0 in longest:
+    # where no sequence has two queries the kernels take it that each has one
+    return (max(2, bounds.longest[0]), bounds.longest[1]), left, right
+
+
+def _flash_forward(query_THE, key_SNE, value_SNE, bounds, causal, rule):
+    if 0 in bounds.longest:
         return _nothing(query_THE)
+    cu = bounds.on(query_THE.device)
+    longest, left, right = _flash_limits(bounds, causal, rule)
     package = _flash_attn()
     if package is not None:
         out_THE, lse_HT, *_ = package._flash_attn_varlen_forward(
@@ -126,10 +134,10 @@ def _flash_forward(query_THE, key_SNE, value_SNE, bounds, causal, rule):
 def _flash_backward(
     dout_THE, query_THE, key_SNE, value_SNE, out_THE, lse_TH, bounds, causal, rule, *grads
 ):
-    cu, longest = bounds.on(query_THE.device), bounds.longest
-    left, right = (-1 if rule.window is None else rule.window - 1), (0 if causal else -1)
-    if 0 in longest:
+    if 0 in bounds.longest:
         return torch.zeros_like(query_THE)
+    cu = bounds.on(query_THE.device)
+    longest, left, right = _flash_limits(bounds, causal, rule)
     lse_HT = lse_TH.masked_fill(lse_TH == float("-inf"), float("inf")).T.contiguous()
     package = _flash_attn()
     if package is not None:

@@ -47,6 +47,7 @@ CASES = {
     "one head for all": Case((4, 6), (9, 6), heads=(4, 1, 64)),
     "more keys than queries": Case((3, 0, 5, 2), (8, 4, 5, 7), heads=(4, 4, 32)),
     "all keys": Case((4, 2, 0, 3), (7, 0, 5, 1), causal=False, heads=(4, 1, 16)),
+    "one query each": Case((1, 1, 1), (5, 1, 9)),
     "window": Case((9, 2, 12), None, window=4),
     "window, more keys": Case((3, 12), (9, 14), window=4, softcap=2.0),
     "window wider than all": Case((9, 2), None, window=40),
