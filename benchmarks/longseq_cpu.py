@@ -1,5 +1,6 @@
 """Resident memory of a training step on a CPU against the number of tokens, by provider."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -7,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.cpu_suite import verdict
 from benchmarks.harness import MIB, Worker, WorkerError, available_bytes, commit, machine
-from benchmarks.longseq_problem import SMALL, TINY, decoder
-from benchmarks.longseq_providers import PROVIDERS, LongProvider, find
+from benchmarks.longseq_problem import SMALL, TINY, Case, decoder
+from benchmarks.longseq_providers import PROVIDERS, find
 from benchmarks.longseq_rows import empty, line, sizes, timed
 from benchmarks.peers import absent
 
@@ -36,8 +37,7 @@ class CpuSuite:
         self.common, self.end = common, end
         self.model, self.tokens = (TINY, QUICK_TOKENS) if quick else (SMALL, TOKENS)
         self.shape = decoder(self.model)
-        self.problem = {"decoder": self.model, "layers": self.shape.layers, "dtype": DTYPE}
-        self.truth = {"T": self.tokens[0], "path": str(folder / "truth.pt")}
+        self.truth = str(folder / "truth.pt")
         self.eager: dict | None = None
         self.found: dict[str, dict[int, dict]] = {}
         self.lost: set[str] = set()
@@ -47,12 +47,24 @@ class CpuSuite:
         self.write(row)
         self.say(line(row))
 
-    def ask(self, do: str, **request) -> dict:
-        return self.worker.ask({"do": do} | self.problem | request, TIMEOUT)
+    def case(self, tokens: int) -> Case:
+        """Few rows in a chunk, since the decoder is small."""
+        return Case(
+            decoder=self.model,
+            layers=self.shape.layers,
+            T=tokens,
+            dtype=DTYPE,
+            workspace_mb=WORKSPACE_MB,
+            rows=8 * self.shape.hidden,
+        )
+
+    def ask(self, do: str, tokens: int, **request) -> dict:
+        case = dataclasses.asdict(self.case(tokens))
+        return self.worker.ask({"do": do, "case": case} | request, TIMEOUT)
 
     def errors(self, spec: str) -> dict:
         """Of the gradients at the shortest length, against float64."""
-        return self.ask("errors", provider=spec, workspace_mb=WORKSPACE_MB, **self.truth)["errors"]
+        return self.ask("errors", self.tokens[0], provider=spec, path=self.truth)["errors"]
 
     def measure(self, spec: str, tokens: int) -> None:
         """A row of one provider at one length; none where it failed at a shorter one."""
@@ -61,7 +73,7 @@ class CpuSuite:
             return
         row = empty("longseq", "train", provider, **sizes(self.model, self.shape), T=tokens)
         row |= {"eager_err_fp64": self.eager}
-        row |= {"predicted_mib": self.predicted(provider, tokens)}
+        row |= {"predicted_mib": provider.predict(self.case(tokens), "cpu")}
         try:
             self._check_room(spec, provider.package, tokens)
             if tokens == self.tokens[0]:
@@ -71,8 +83,7 @@ class CpuSuite:
                     self.lost.add(spec)
                     self.row(row | {"status": "refused", "reason": reason})
                     return
-            answer = self.ask("turn", provider=spec, T=tokens, packed=None,
-                              workspace_mb=WORKSPACE_MB, seconds=0.0)  # fmt: skip
+            answer = self.ask("turn", tokens, provider=spec, seconds=0.0)
         except WorkerError as error:
             self.lost.add(spec)
             status = "missing" if error.missing else "failed"
@@ -97,12 +108,6 @@ class CpuSuite:
         if needs > free:
             text = f"needs about {needs / 2**30:.1f} GiB, {max(0, free) / 2**30:.1f} are free"
             raise WorkerError(text, True)
-
-    def predicted(self, provider: LongProvider, tokens: int) -> float | None:
-        """MiB above weights and gradients by the memory model."""
-        options = {"dtype": DTYPE, "device": "cpu", "workspace": WORKSPACE_MB}
-        found = provider.predict(self.shape, tokens, **options)
-        return None if found is None else found / MIB
 
     def slope(self, spec: str) -> None:
         """A row with the bytes a token costs, where at least three lengths were measured."""
@@ -143,7 +148,7 @@ def run(
     try:
         worker.ask({"do": "hello"}, TIMEOUT)
         suite = CpuSuite(worker, folder, write, say, common, quick, end)
-        suite.ask("truth", **suite.truth)
+        suite.ask("truth", suite.tokens[0], path=suite.truth)
         suite.eager = suite.errors("plain")
         for tokens in suite.tokens:
             for spec in chosen:

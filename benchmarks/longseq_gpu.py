@@ -7,14 +7,14 @@ With `device="cpu"` the same code runs on tiny decoders, which measures nothing.
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.cpu_suite import verdict
 from benchmarks.gpu_pool import OutOfTime, Pool
 from benchmarks.harness import MIB, WorkerError, available_bytes, commit
-from benchmarks.longseq_problem import QWEN_1B, QWEN_7B, TINY, decoder, step_flops
-from benchmarks.longseq_providers import find
+from benchmarks.longseq_problem import QWEN_1B, QWEN_7B, TINY, Case, decoder, step_flops
+from benchmarks.longseq_providers import LongProvider, find
 from benchmarks.longseq_rows import empty, line, sizes, timed
 from benchmarks.longseq_step import OUR_PARTS, STEPS
 from benchmarks.peers import absent
@@ -30,9 +30,9 @@ WORKER_SECONDS = 12.0
 # Beyond it a model is timed with two and with three layers, and the difference multiplied.
 WHOLE_TOKENS = 131072
 FEW_LAYERS = (2, 3)
-# Tokens and layers of the gradients' check; whole chunks do not fit it.
-CHECKED = {"T": 5000, "layers": 2}
-CHECKED_QUICK = {"T": 70, "layers": 2}
+# The gradients' check: several chunks, and a float64 truth that fits beside the rest.
+CHECKED = {"T": 3000, "layers": 2, "rows": 1024}
+CHECKED_QUICK = {"T": 70, "layers": 2, "rows": 32}
 TURN_SECONDS = 2.0
 TURN_TIMEOUT = 240.0
 # The longest length: sequences of the packed probes, how near the ends must be, and when to stop.
@@ -91,6 +91,11 @@ def plan(quick: bool) -> list[Part]:
     ]
 
 
+TRL = LongProvider(
+    name="trl", apply=None, package="trl", note="GRPOTrainer's loss, transformers' checkpointing"
+)
+
+
 class Refused(WorkerError):
     """What came back is wrong: it has no figures."""
 
@@ -122,11 +127,21 @@ class LongSuite:
         """Its process; without a GPU there is no context to lose, and one is enough."""
         return "all" if self.pool.device == "cpu" else provider
 
-    def ask(self, name: str, do: str, /, **request) -> dict:
+    def ask(self, name: str, do: str, case: Case | None = None, **request) -> dict:
+        request |= {"case": asdict(case)} if case else {}
         return self.pool.ask(self.family(name), {"do": do} | request, TURN_TIMEOUT)
+
+    def case(self, part: Part, **fields) -> Case:
+        """A part's decoder, whole and on its tokens unless said otherwise."""
+        whole = {"layers": decoder(part.model).layers, "T": part.tokens}
+        return Case(**{"decoder": part.model, "dtype": self.dtype} | whole | fields)
 
     def part(self, part: Part) -> None:
         """Every provider of a part that fits the time that is left."""
+        # Their processes start at once; those of a longest length are alone on the GPU.
+        if part.kind != "largest":
+            names = [name for name in part.providers if not absent(known(name).package)]
+            self.pool.start([self.family(name) for name in names])
         for name in part.providers:
             row = self.start(part, name)
             try:
@@ -135,9 +150,8 @@ class LongSuite:
                     left = max(0.0, self.pool.deadline - time.monotonic())
                     text = f"would take about {needs:.0f} s, {left:.0f} s are left"
                     raise WorkerError(text, True)
-                package = "trl" if name == "trl" else find(name).package
-                if absent(package):
-                    raise WorkerError(f"{package} is not installed", True)
+                if absent(known(name).package):
+                    raise WorkerError(f"{known(name).package} is not installed", True)
                 started = time.monotonic()
                 found = getattr(self, part.kind)(part, name)
                 if needs and not self.quick:
@@ -153,9 +167,8 @@ class LongSuite:
         """The row of a provider that has not been run."""
         shape = sizes(part.model, decoder(part.model))
         shape |= {"T": part.tokens} if part.tokens else {}
-        provider = find(name) if name != "trl" else TRL
         op = "longseq" if part.kind == "train" else f"longseq_{part.kind}"
-        return empty(op, part.kind, provider, **shape)
+        return empty(op, part.kind, known(name), **shape)
 
     def estimate(self, part: Part) -> float:
         """Seconds that one provider of a part takes if it is as slow as it is thought to be."""
@@ -175,17 +188,15 @@ class LongSuite:
 
     def check(self, part: Part, name: str) -> dict:
         """Errors of a provider's gradients. Raises WorkerError where they are wrong."""
-        key = (part.model, name)
-        asked = {"decoder": part.model, "dtype": self.dtype} | self.checked
+        key, case = (part.model, name), self.case(part, **self.checked)
         path = str(self.folder / f"{part.model}.pt")
         if part.model not in self.eager:
-            self.ask("plain", "truth", path=path, **asked)
-            plain = self.ask("plain", "errors", provider="plain", path=path, workspace_mb=None,
-                             **asked)  # fmt: skip
+            self.ask("plain", "truth", case, path=path)
+            plain = self.ask("plain", "errors", case, provider="plain", path=path)
             self.eager[part.model] = plain["errors"]
         if key not in self.errors:
-            self.errors[key] = self.ask(name, "errors", provider=name, path=path,
-                                        workspace_mb=None, **asked)["errors"]  # fmt: skip
+            found = self.ask(name, "errors", case, provider=name, path=path)
+            self.errors[key] = found["errors"]
         reason = verdict(self.errors[key], self.eager[part.model], self.dtype, find(name).is_ours)
         if reason:
             raise Refused(f"its gradients are wrong: {reason}", True)
@@ -200,7 +211,7 @@ class LongSuite:
         else:
             few = {layers: self.turn(part, name, layers) for layers in FEW_LAYERS}
             answer = extrapolated(few, shape.layers)
-            answer["weights_mib"] = 2 * shape.params * (4 if self.dtype == "float32" else 2) / MIB
+            answer["weights_mib"] = self.weights_mib(part.model)
             needs = answer["peak_mib"] + answer["weights_mib"]
             if self.memory_mib and needs > self.memory_mib:
                 text = f"out of memory: would need {needs / 1024:.0f} GiB, extrapolated from layers"
@@ -208,9 +219,7 @@ class LongSuite:
         found = errors | {"extrapolated": part.tokens > self.whole_tokens}
         found |= {key: answer[key] for key in ("peak_mib", "weights_mib")}
         found |= timed(answer["ms"], part.tokens) | {"gpu_state": self.state(name)}
-        predicted = find(name).predict(shape, part.tokens, dtype=self.dtype,
-                                       device=self.pool.device, workspace=None)  # fmt: skip
-        found["predicted_mib"] = None if predicted is None else predicted / MIB
+        found["predicted_mib"] = find(name).predict(self.case(part), self.pool.device)
         if self.peak_flops:
             flops = step_flops(shape, lengths) / part.tokens
             found["mfu"] = flops * found["tokens_per_s"] / self.peak_flops
@@ -218,23 +227,12 @@ class LongSuite:
 
     def turn(self, part: Part, name: str, layers: int) -> dict:
         seconds = 0.0 if self.quick or part.tokens > self.whole_tokens else TURN_SECONDS
-        return self.ask(
-            name,
-            "turn",
-            provider=name,
-            decoder=part.model,
-            layers=layers,
-            T=part.tokens,
-            dtype=self.dtype,
-            packed=None,
-            workspace_mb=None,
-            seconds=seconds,
-        )
+        case = self.case(part, layers=layers)
+        return self.ask(name, "turn", case, provider=name, seconds=seconds)
 
     def step(self, part: Part, name: str) -> dict:
         """One whole GRPO step: all memory in use, seconds by part, and what share is ours."""
-        answer = self.ask(name, "step", provider=name, decoder=part.model, dtype=self.dtype,
-                          layers=decoder(part.model).layers, T=part.tokens)  # fmt: skip
+        answer = self.ask(name, "step", self.case(part), provider=name)
         if not answer["moved"]:
             raise Refused("the step moved no weight", True)
         ours = sum(answer["parts_ms"][key] for key in OUR_PARTS.get(name, ()))
@@ -252,22 +250,14 @@ class LongSuite:
         self.pool.only(self.family(name))
         unit, packed = self.probed["step"], self.probed["packed"]
         host = host_limit(provider, shape, self.dtype)
-        guess = self.guess(provider, shape)
+        guess = self.guess(part, provider)
         until = min(self.pool.deadline - 20.0, time.monotonic() + self.budget())
 
         def fits(tokens: int) -> bool:
-            packs = provider.packs and tokens > packed
+            packs = packed if provider.packs and tokens > packed else None
+            case = self.case(part, T=tokens, layers=self.probed["layers"], packed=packs)
             try:
-                self.ask(
-                    name,
-                    "probe",
-                    provider=name,
-                    decoder=part.model,
-                    layers=self.probed["layers"],
-                    T=tokens,
-                    dtype=self.dtype,
-                    packed=packed if packs else None,
-                )
+                self.ask(name, "probe", case, provider=name)
             except WorkerError as error:
                 if error.missing and str(error).startswith("out of memory"):
                     return False
@@ -290,24 +280,27 @@ class LongSuite:
         """Seconds for one longest length."""
         return 1e9 if self.quick else 45.0
 
-    def guess(self, provider, shape) -> int | None:
+    def guess(self, part: Part, provider: LongProvider) -> int | None:
         """The most tokens by the memory model, None where it has no model of the provider."""
         unit = self.probed["step"]
-        space = self.memory_mib * MIB - 2 * shape.params * (4 if self.dtype == "float32" else 2)
+        space = self.memory_mib - self.weights_mib(part.model)
 
-        def needs(tokens: int) -> float | None:
-            device = self.pool.device
-            return provider.predict(shape, tokens, dtype=self.dtype, device=device, workspace=None)
+        def needs(count: int) -> float | None:
+            return provider.predict(self.case(part, T=count * unit), self.pool.device)
 
-        if space <= 0 or needs(unit) is None:
+        if space <= 0 or needs(1) is None:
             return None
         count = 1
-        while needs(2 * count * unit) <= space:
+        while needs(2 * count) <= space:
             count *= 2
         for bit in (count >> shift for shift in range(1, count.bit_length())):
-            if needs((count + bit) * unit) <= space:
+            if needs(count + bit) <= space:
                 count += bit
         return count * unit
+
+    def weights_mib(self, model: str) -> float:
+        """Of a whole decoder's weights and gradients."""
+        return 2 * decoder(model).params * (4 if self.dtype == "float32" else 2) / MIB
 
     def state(self, name: str) -> dict:
         """Clocks just after a turn; nothing when there is no time left to ask."""
@@ -317,11 +310,8 @@ class LongSuite:
             return {}
 
 
-class _Trl:
-    name, backend, note = "trl", "trl", "GRPOTrainer's loss, transformers' checkpointing"
-
-
-TRL = _Trl()
+def known(name: str) -> LongProvider:
+    return TRL if name == "trl" else find(name)
 
 
 def extrapolated(few: dict[int, dict], layers: int) -> dict:

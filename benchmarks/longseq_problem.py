@@ -35,6 +35,26 @@ DECODERS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A decoder by name with `layers` layers, on T tokens: one sequence, or sequences of `packed`.
+
+    workspace_mb: of the head; rows: of chunks and tiles; None: the defaults.
+    """
+
+    decoder: str
+    layers: int
+    T: int
+    dtype: str
+    packed: int | None = None
+    workspace_mb: int | None = None
+    rows: int | None = None
+
+    @property
+    def shape(self) -> ModelShape:
+        return decoder(self.decoder, self.layers)
+
+
 def decoder(name: str, layers: int | None = None) -> ModelShape:
     """Sizes by name, of the whole model or with fewer layers."""
     return replace(DECODERS[name], layers=layers or DECODERS[name].layers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.longseq_problem import Tokens
+from benchmarks.longseq_problem import Case, Tokens
 from benchmarks.peers import load
 from benchmarks.provider import Missing
 from r1kernels.model_shape import ModelShape
@@ -20,7 +20,8 @@ from r1kernels.packing import position_ids
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongProvider:
-    """`apply(model)` changes a new transformers model and returns tokens -> hidden states [T, D].
+    """`apply(model, rows)` changes a new transformers model and returns a function from tokens to
+    hidden states [T, D]; rows: of our chunks and tiles, None for the defaults.
 
     `mode` is what `r1kernels.memory` calls it, None where it has no model of it. Of a layer's input
     the GPU keeps `kept` copies until the backward; `host_width` is what a token leaves on the host,
@@ -43,47 +44,31 @@ class LongProvider:
     def backend(self) -> str:
         return "r1kernels" if self.is_ours else self.package
 
-    def predict(
-        self, shape: ModelShape, T: int, *, dtype: str, device: str, workspace: int | None
-    ) -> float | None:
-        """Peak bytes above weights and gradients by the memory model."""
+    def predict(self, case: Case, device: str) -> float | None:
+        """Peak MiB above weights and gradients by the memory model."""
         if self.mode is None:
             return None
         from r1kernels.memory import ITEMSIZE, peak_bytes
+        from r1kernels.stream_model import default_chunk_size
+        from r1kernels.tiled_mlp import MIN_ROWS, WORKSPACE_MB
 
-        # A CPU has nowhere to offload to.
-        mode = self.mode if device == "cuda" else self.mode.removesuffix("+offload")
+        shape, itemsize = case.shape, ITEMSIZE[case.dtype]
+        space = WORKSPACE_MB[device] * 2**20
+        tile = case.rows or max(MIN_ROWS, space // (3 * shape.intermediate * itemsize))
         found = peak_bytes(
             shape,
-            T,
-            mode=mode,
-            dtype=dtype,
+            case.T,
+            # A CPU has nowhere to offload to.
+            mode=self.mode if device == "cuda" else self.mode.removesuffix("+offload"),
+            dtype=case.dtype,
             optimizer="none",
             device=device,
             slack=0,
-            workspace_mb=workspace,
-            mlp_rows=tile_rows(shape, dtype, device) if self.is_ours else 0,
-            chunk_size=chunk_rows(shape.hidden, device),
+            workspace_mb=case.workspace_mb,
+            mlp_rows=tile if self.is_ours else 0,
+            chunk_size=case.rows or default_chunk_size(shape.hidden),
         )
-        return found.device - 2 * ITEMSIZE[dtype] * shape.params
-
-
-def chunk_rows(width: int, device: str) -> int:
-    """Queries of a chunk: on a GPU the default, on a CPU few, as the decoder is small."""
-    from r1kernels.stream_model import default_chunk_size
-
-    return default_chunk_size(width) if device == "cuda" else 8 * width
-
-
-def tile_rows(shape: ModelShape, dtype: str, device: str) -> int:
-    """Rows of a tile of the MLP: on a GPU the default."""
-    from r1kernels.memory import ITEMSIZE
-    from r1kernels.tiled_mlp import MIN_ROWS, WORKSPACE_MB
-
-    if device != "cuda":
-        return chunk_rows(shape.hidden, device)
-    row = 3 * shape.intermediate * ITEMSIZE[dtype]
-    return max(MIN_ROWS, WORKSPACE_MB[device] * 2**20 // row)
+        return (found.device - 2 * itemsize * shape.params) / 2**20
 
 
 def _hidden(model, packs: bool = False) -> Callable:
@@ -102,18 +87,18 @@ def _hidden(model, packs: bool = False) -> Callable:
     return hidden
 
 
-def _plain(model) -> Callable:
+def _plain(model, rows) -> Callable:
     return _hidden(model)
 
 
-def _torch_checkpoint(model) -> Callable:
+def _torch_checkpoint(model, rows) -> Callable:
     for layer in model.base_model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return _hidden(model)
 
 
 def _transformers(offload: bool) -> Callable:
-    def apply(model) -> Callable:
+    def apply(model, rows) -> Callable:
         if offload and not next(model.parameters()).is_cuda:
             raise Missing("without a GPU there is nowhere to offload to")
         model.gradient_checkpointing_enable(**({"offload": True} if offload else {}))
@@ -122,7 +107,7 @@ def _transformers(offload: bool) -> Callable:
     return apply
 
 
-def _liger(model) -> Callable:
+def _liger(model, rows) -> Callable:
     """Its tiled MLP under transformers' checkpointing; on a GPU its norms, RoPE and product too."""
     tiled = load("liger-kernel", "liger_kernel.ops.tiled_mlp", "apply_tiled_mlp")
     gpu = next(model.parameters()).is_cuda
@@ -148,34 +133,28 @@ def _liger(model) -> Callable:
     return _hidden(model)
 
 
-def _chunk(model) -> int | None:
-    """None: the default."""
-    device = next(model.parameters()).device.type
-    return None if device == "cuda" else chunk_rows(model.config.hidden_size, device)
-
-
-def _tiled(model) -> Callable:
+def _tiled(model, rows) -> Callable:
     from r1kernels import tile_mlps
 
-    tile_mlps(model, _chunk(model))
+    tile_mlps(model, rows)
     model.gradient_checkpointing_enable()
     return _hidden(model, packs=True)
 
 
-def _offloaded(model) -> Callable:
+def _offloaded(model, rows) -> Callable:
     from r1kernels import checkpoint_layers, tile_mlps
 
-    tile_mlps(model, _chunk(model))
+    tile_mlps(model, rows)
     checkpoint_layers(model, save_attention=True)
     return _hidden(model, packs=True)
 
 
 def _stream(offload: bool) -> Callable:
-    def apply(model) -> Callable:
+    def apply(model, rows) -> Callable:
         from r1kernels import HostStore, stream_model
 
         store = HostStore() if offload else None
-        streamed = stream_model(model, chunk_size=_chunk(model), store=store)
+        streamed = stream_model(model, chunk_size=rows, store=store)
 
         def hidden(tokens: Tokens) -> torch.Tensor:
             return streamed(tokens.ids_T, cu_seqlens=tokens.cu_seqlens)

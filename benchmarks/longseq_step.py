@@ -1,6 +1,7 @@
 """One optimizer step of GRPO on tokens that are there already: ours, and TRL's trainer's.
 
-`STEPS[name](model, tokens, part)` returns a callable that makes one step; `part(name)` times.
+The makers in `STEPS` take (model, tokens, part) and return a callable for one step; `part(name)`
+times a part of it.
 """
 
 import functools
@@ -33,7 +34,7 @@ def _ours(provider: str, model, tokens: Tokens, part: Callable) -> Callable:
     """Layers by one of our providers, log-probabilities and loss by the fused head."""
     from r1kernels import linear_logp, linear_policy_loss
 
-    hidden, optimizer = find(provider).apply(model), _optimizer(model)
+    hidden, optimizer = find(provider).apply(model, None), _optimizer(model)
     weight_VD = model.get_output_embeddings().weight
     counted_T = torch.where(tokens.mask_T > 0, tokens.targets_T, IGNORE)
 
@@ -105,4 +106,7 @@ OUR_PARTS = {
     "stream": ("old log-probabilities", "layers, forward", "head and loss", "backward"),
     "checkpoint": ("head and loss",),
 }
-STEPS = {name: functools.partial(_ours, name) for name in OUR_PARTS} | {"trl": _trl}
+# By name: what makes the step, and the attention of its model.
+STEPS = {name: (functools.partial(_ours, name), find(name).attention) for name in OUR_PARTS} | {
+    "trl": (_trl, "sdpa")
+}

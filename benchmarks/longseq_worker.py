@@ -45,35 +45,25 @@ class LongWorker:
         gc.freeze()
         return {"device": self.meter.name(), "machine": machine(self.threads) | gpu_facts()}
 
-    def truth(self, decoder: str, layers: int, T: int, dtype: str, path: str) -> dict:
+    def truth(self, case: dict, path: str) -> dict:
         """Write float64 gradients to compare with."""
-        torch.set_num_threads(self.threads)
-        shape = problems.decoder(decoder, layers)
-        model = problems.build_model(shape, T, dtype, self.device, "sdpa")
-        tokens = problems.build_tokens(shape.vocab, T, self.device)
-        torch.save(problems.truth(model, find("plain").apply(model), tokens), path)
+        case, model = self._build(case, "sdpa")
+        tokens = problems.build_tokens(case.shape.vocab, case.T, self.device)
+        torch.save(problems.truth(model, find("plain").apply(model, None), tokens), path)
         return {}
 
-    def errors(
-        self, provider: str, decoder: str, layers: int, T: int, dtype: str, path: str,
-        workspace_mb: int | None,
-    ) -> dict:  # fmt: skip
+    def errors(self, provider: str, case: dict, path: str) -> dict:
         """Relative errors of the gradients."""
-        step, model = self._ready(provider, decoder, layers, T, dtype, None, workspace_mb, 0)
+        step, model = self._ready(provider, case, 0)
         step()
         return {"errors": problems.gradient_errors(model, torch.load(path))}
 
-    def turn(
-        self, provider: str, decoder: str, layers: int, T: int, dtype: str, packed: int | None,
-        workspace_mb: int | None, seconds: float,
-    ) -> dict:  # fmt: skip
+    def turn(self, provider: str, case: dict, seconds: float) -> dict:
         """Steps, forward and backward, for `seconds`, at least one; the first one's peak memory.
 
         peak_mib lies above weights, gradients and tokens.
         """
-        step, model = self._ready(
-            provider, decoder, layers, T, dtype, packed, workspace_mb, WARM_TOKENS
-        )
+        step, model = self._ready(provider, case, WARM_TOKENS)
         ms: list[float] = []
         all_before, own_before = _cpu_seconds()
         started = time.perf_counter()
@@ -90,43 +80,39 @@ class LongWorker:
             "others_cores": max(0.0, others),
         }
 
-    def probe(
-        self, provider: str, decoder: str, layers: int, T: int, dtype: str, packed: int | None
-    ) -> dict:
-        """Whether a step fits: `layers` layers compute, and what the others keep is taken up.
-
-        Raises Missing, "out of memory", where it does not.
+    def probe(self, provider: str, case: dict) -> dict:
+        """Whether a step of the whole decoder fits: the case's layers compute, and what the others
+        keep is taken up. Raises Missing, "out of memory", where it does not.
         """
-        whole = problems.decoder(decoder)
-        missing = whole.layers - layers
-        kept = find(provider).kept * T * whole.hidden
-        numbers = missing * (2 * whole.layer_params + kept)
+        whole, held = problems.decoder(case["decoder"]), problems.Case(**case)
+        kept = find(provider).kept * held.T * whole.hidden
+        numbers = (whole.layers - held.layers) * (2 * whole.layer_params + kept)
         # Written by nobody: a CPU has no pages for it, a GPU's allocator counts it.
-        ballast = torch.empty(numbers, dtype=getattr(torch, dtype), device=self.device)
-        step, _ = self._ready(provider, decoder, layers, T, dtype, packed, None, 0)
+        ballast = torch.empty(numbers, dtype=getattr(torch, held.dtype), device=self.device)
+        step, _ = self._ready(provider, case, 0)
         self.meter.peak(step)
         self.meter.wait()
-        held = ballast.numel() * ballast.element_size() / MIB
-        return {"ballast_mib": held, "all_mib": self.meter.high_mib()}
+        taken = ballast.numel() * ballast.element_size() / MIB
+        return {"ballast_mib": taken, "all_mib": self.meter.high_mib()}
 
-    def step(self, provider: str, decoder: str, layers: int, T: int, dtype: str) -> dict:
-        """One whole GRPO step on T given tokens, rollouts aside, after one to warm up.
+    def step(self, provider: str, case: dict) -> dict:
+        """One whole GRPO step on given tokens, rollouts aside, after one to warm up.
 
         Old log-probabilities, loss, backward, clipping, AdamW. Milliseconds by part, and all the
         memory in use at the peak.
         """
-        shape = problems.decoder(decoder, layers)
-        model = problems.build_model(shape, T, dtype, self.device, "sdpa")
-        tokens = problems.build_tokens(shape.vocab, T, self.device)
+        make, attention = longseq_step.STEPS[provider]
+        case, model = self._build(case, attention)
+        tokens = problems.build_tokens(case.shape.vocab, case.T, self.device)
         parts = Parts(self.meter)
-        run = longseq_step.STEPS[provider](model, tokens, parts.part)
+        run = make(model, tokens, parts.part)
         run()
-        before = [parameter.detach().clone() for parameter in model.parameters()]
+        vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+        before = [vector.detach().clone() for vector in vectors]
         parts.ms.clear()
         ms: list[float] = []
-        # What is in use at the peak includes the copies: they are small beside a step's gradients.
         self.meter.peak(lambda: ms.append(self.meter.clock(run)))
-        pairs = zip(before, model.parameters(), strict=True)
+        pairs = zip(before, vectors, strict=True)
         return {
             "ms": ms[0],
             "parts_ms": parts.ms,
@@ -134,29 +120,32 @@ class LongWorker:
             "moved": any(not torch.equal(old, new) for old, new in pairs),
         }
 
-    def _ready(
-        self, provider: str, decoder: str, layers: int, T: int, dtype: str, packed: int | None,
-        workspace_mb: int | None, warm: int,
-    ) -> tuple:  # fmt: skip
-        """(a step as a callable, the model), gradients 0."""
+    def _build(self, case: dict, attention: str) -> tuple:
+        """(the case, its model)."""
         torch.set_num_threads(self.threads)
+        case = problems.Case(**case)
+        longest = max(case.T, WARM_TOKENS)
+        model = problems.build_model(case.shape, longest, case.dtype, self.device, attention)
+        return case, model
+
+    def _ready(self, provider: str, case: dict, warm: int) -> tuple:
+        """(a step as a callable, the model), after one on `warm` tokens, gradients 0."""
         found = find(provider)
-        if packed and not found.packs:
+        case, model = self._build(case, found.attention)
+        if case.packed and not found.packs:
             raise Missing("no packed sequences")
-        shape = problems.decoder(decoder, layers)
-        model = problems.build_model(shape, max(T, warm), dtype, self.device, found.attention)
-        hidden = found.apply(model)
-        tokens = problems.build_tokens(shape.vocab, T, self.device, packed)
+        hidden = found.apply(model, case.rows)
+        vocab = case.shape.vocab
 
         def run(tokens: problems.Tokens) -> None:
-            problems.policy_loss(model, hidden(tokens), tokens, workspace_mb).backward()
+            loss = problems.policy_loss(model, hidden(tokens), tokens, case.workspace_mb)
+            loss.backward()
 
         if warm:
-            run(problems.build_tokens(shape.vocab, min(warm, T), self.device))
+            run(problems.build_tokens(vocab, min(warm, case.T), self.device))
         for parameter in model.parameters():
-            if parameter.grad is None:
-                raise RuntimeError("a step left a parameter without a gradient")
             parameter.grad.zero_()
+        tokens = problems.build_tokens(vocab, case.T, self.device, case.packed)
         self.meter.wait()
         return (lambda: run(tokens)), model
 

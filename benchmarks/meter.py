@@ -160,7 +160,8 @@ def guarded(meter: Cpu, handler: Callable) -> Callable:
     def answer(**request) -> dict:
         try:
             return handler(**request)
-        except torch.OutOfMemoryError as error:
+        # The host's may run out too, of what is to be pinned.
+        except (torch.OutOfMemoryError, MemoryError) as error:
             reason = "out of memory: " + str(error).split(". ")[0]
         except Missing as error:
             reason = str(error)

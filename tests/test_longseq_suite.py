@@ -16,7 +16,7 @@ from benchmarks import longseq_problem as problems
 from benchmarks.gpu_pool import OutOfTime
 from benchmarks.harness import WorkerError
 from benchmarks.longseq_gpu import LongSuite, Part, bisect, extrapolated, plan
-from benchmarks.longseq_problem import QWEN_1B, TINY, decoder
+from benchmarks.longseq_problem import QWEN_1B, TINY, Case, decoder
 from benchmarks.longseq_providers import PROVIDERS, LongProvider, find
 from benchmarks.longseq_step import STEPS
 from benchmarks.longseq_worker import LongWorker
@@ -25,16 +25,16 @@ from benchmarks.provider import Missing
 HERE = "tests.test_longseq_suite"
 
 
-def _wrong(model):
-    right = find("plain").apply(model)
+def _wrong(model, rows):
+    right = find("plain").apply(model, rows)
     return lambda tokens: 1.01 * right(tokens)
 
 
-def _exits(model):
+def _exits(model, rows):
     os._exit(11)
 
 
-def _runs_out(model):
+def _runs_out(model, rows):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. More words")
 
 
@@ -64,8 +64,11 @@ class LocalPool:
         except Missing as error:
             raise WorkerError(str(error), True) from error
 
+    def start(self, families):
+        assert set(families) <= {"all"}
+
     def only(self, family):
-        pass
+        assert family == "all"
 
     def close(self):
         pass
@@ -176,7 +179,7 @@ def test_gradients_are_those_of_plain_autograd_in_float64():
     truth = problems.truth(plain, one_by_one, tokens)
     for name in ("checkpoint", "offload", "stream"):
         model = problems.build_model(shape, 150, "float32", "cpu", "r1kernels")
-        hidden = find(name).apply(model)
+        hidden = find(name).apply(model, 32)
         problems.policy_loss(model, hidden(tokens), tokens, None).backward()
         errors = problems.gradient_errors(model, truth)
         assert max(errors.values()) < 2e-6, (name, errors)
@@ -191,18 +194,22 @@ class FakePool:
         self.deadline, self.limit, self.asked = time.monotonic() + left, limit, []
 
     def ask(self, family, request, timeout=None):
-        self.asked.append((request["do"], request.get("provider"), request.get("T")))
+        case = request.get("case")
+        self.asked.append((request["do"], request.get("provider"), case and case["T"]))
         if request["do"] == "errors":
             return {"errors": {"mlp": 1e-3}}
-        if request["do"] == "probe" and request["T"] > self.limit:
+        if request["do"] == "probe" and case["T"] > self.limit:
             raise WorkerError("out of memory: CUDA out of memory", True)
         if request["do"] == "turn" and request["provider"] == f"{HERE}:RUNS_OUT":
             raise WorkerError("out of memory: CUDA out of memory", True)
         if request["do"] == "turn":
-            layers = request["layers"]
+            layers = case["layers"]
             return {"ms": [10.0 + 5.0 * layers], "peak_mib": 7.0 + 2.0 * layers,
                     "weights_mib": 1.0, "others_cores": 0.0}  # fmt: skip
         return {}
+
+    def start(self, families):
+        self.started = families
 
     def only(self, family):
         self.alone = family
@@ -257,10 +264,13 @@ def test_the_longest_that_fits_is_found_from_the_prediction(tmp_path, limit):
     probes = [T for do, _, T in pool.asked if do == "probe"]
     predicted = row["predicted_tokens"]
     assert probes[0] == predicted
-    model = find("transformers")
-    space = 80 * 2**30 - 4 * decoder(QWEN_1B).params
-    needs = [model.predict(decoder(QWEN_1B), tokens, dtype="bfloat16", device="cuda",
-                           workspace=None) for tokens in (predicted, predicted + 8192)]  # fmt: skip
+    space = 80 * 2**10 - suite.weights_mib(QWEN_1B)
+    needs = [
+        find("transformers").predict(
+            Case(decoder=QWEN_1B, layers=28, T=tokens, dtype="bfloat16"), "cuda"
+        )
+        for tokens in (predicted, predicted + 8192)
+    ]
     assert needs[0] <= space < needs[1]
     assert row["largest_tokens"] <= limit and pool.alone == "transformers"
     if row["fails_tokens"] is None:
