@@ -19,6 +19,8 @@ from r1kernels.balance import pack_by_budget
 from r1kernels.shared_prefixes import WORTH_SHARING, SharedPrefixes, share_prefixes, token_ratio
 
 IGNORE = -100
+# tokens that a unit must save: on a CPU each costs an attention call of its own per layer
+LEAST_SAVED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +217,7 @@ def units_of(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
             room -= length
         for part in parts:
             pays = token_ratio([_lengths(part)]) >= WORTH_SHARING
+            pays &= (len(part) - 1) * len(context) >= LEAST_SAVED
             units += [part] if pays else [[sample] for sample in part]
     if not units or token_ratio(map(_lengths, units)) >= WORTH_SHARING:
         return units

@@ -117,6 +117,7 @@ def test_contexts_are_shared_where_it_pays_and_fit_the_budget():
     assert sum(int((pack.policy_T != 0).sum()) for pack in packs) == 9 * 20 + 2 * 40
     assert sum(pack.layout is not None for pack in packs) == 3
     assert all(pack.layout is None for pack in batch.packs_of([*short, *long], 120))
+    assert set(map(len, batch.units_of(answers((1, 2, 3), [4, 5]), 1000))) == {1}
     many = [one for n in range(40) for one in answers((n, 3), [60])]
     assert set(map(len, batch.units_of([*many, *long], 1000))) == {1}
 

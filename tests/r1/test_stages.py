@@ -86,14 +86,14 @@ def test_advantages_come_before_the_shuffle_and_masked_outputs_go_after(truncate
 @pytest.mark.parametrize("able", [True, False])
 @pytest.mark.parametrize("share", ["auto", "never"])
 def test_prompts_are_shared_where_the_settings_and_the_model_allow(share, able):
-    completions = [completion("x", tokens=(n, n)) for n in range(4)]
-    group = Group(prompt(), completions, [1.0, 0.0, 0.0, 0.0], [{}] * 4)
+    completions = [completion("x", tokens=(n, n)) for n in range(5)]
+    group = Group(prompt(), completions, [1.0, 0.0, 0.0, 0.0, 0.0], [{}] * 5)
     session = SimpleNamespace(
         trainer=SimpleNamespace(objective=objective_of(config.Objective(preset="dapo"))),
         generators={"minibatches": torch.Generator().manual_seed(0)},
         model=SimpleNamespace(shares_prefixes=able),
     )
-    settings = config.RL(group_size=4, prompts_per_step=1, share_prefix=share)
+    settings = config.RL(group_size=5, prompts_per_step=1, share_prefix=share)
     [part] = rl.minibatches([group], session, settings)
     assert [pack.layout is not None for pack in part.packs] == [share == "auto" and able]
 

@@ -127,15 +127,14 @@ def grouped(groups=4, size=3, seed=0, **weights):
 
 
 @pytest.mark.parametrize(
-    ("objective", "weights"),
+    ("objective", "budget", "weights"),
     [
-        ("dapo", {"policy": 1.0}),
-        ("gspo", {"policy": 1.0}),
-        ("dapo", {"policy": 1.0, "cross_entropy": 0.3}),
+        ("dapo", 70, {"policy": 1.0}),
+        ("gspo", 1000, {"policy": 1.0}),
+        ("dapo", 1000, {"policy": 1.0, "cross_entropy": 0.3}),
     ],
 )
-@pytest.mark.parametrize("budget", [70, 1000])
-def test_shared_prompts_do_not_change_the_step(objective, weights, budget):
+def test_shared_prompts_do_not_change_the_step(objective, budget, weights):
     chosen = [*grouped(**weights), *samples(3)]
     ones, found = [], []
     for share in (False, True):
