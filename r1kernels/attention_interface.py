@@ -145,13 +145,15 @@ def _offsets(position_ids: Tensor, B: int, L: int, where: str) -> Tensor:
         raise ValueError(
             f"{where}: position_ids must have shape {[B, L]}, got {list(position_ids.shape)}"
         )
+    # under inference_mode tensors have no version, may change unseen, and are read in every layer
+    now = None if position_ids.is_inference() else (position_ids._version, B)
     version, found = _found.get(position_ids, (None, None))
-    if version != (position_ids._version, B):
+    if now is None or version != now:
         begins = torch.ones(B, L, dtype=torch.bool, device=position_ids.device)
         begins[:, 1:] = position_ids.diff(dim=1) != 1
         starts = begins.flatten().nonzero().flatten().to("cpu", torch.int32)
         found = torch.cat([starts, starts.new_tensor([B * L])])
-        _found[position_ids] = (position_ids._version, B), found
+        _found[position_ids] = now, found
     return found
 
 

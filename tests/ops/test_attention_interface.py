@@ -152,6 +152,18 @@ def test_changed_positions_are_read_again():
     torch.testing.assert_close(after[:, 3:], alone)
 
 
+def test_positions_without_a_version_are_read_as_well():
+    model, ids = build("Llama", "r1kernels"), tokens(1, sum(LENGTHS))
+    with torch.no_grad():
+        expected = model(ids, position_ids=restarting()).logits
+    with torch.inference_mode():
+        positions = restarting()
+        assert positions.is_inference()
+        assert torch.equal(model(ids, position_ids=positions).logits, expected)
+        positions.copy_(torch.arange(ids.numel()))
+        assert not torch.equal(model(ids, position_ids=positions).logits, expected)
+
+
 def test_compiled_with_offsets():
     model = build("Llama", "r1kernels", num_hidden_layers=1)
     ids = tokens(1, sum(LENGTHS))
