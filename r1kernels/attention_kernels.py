@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import pairwise
+from math import isqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -324,9 +325,11 @@ def _tiles(bounds: Bounds, causal: bool, rule: Rule, query_THE: Tensor):
     """Queries, keys, and which of the keys a query sees ([C, L], None: all), tile by tile."""
     bytes_per_score = query_THE.shape[1] * wide(query_THE.dtype).itemsize
     for q0, q1, k0, k1 in bounds.spans:
-        C = max(1, TILE // (bytes_per_score * (k1 - k0)))
+        scores = TILE // bytes_per_score
+        C = max(1, scores // (k1 - k0))
         if rule.window is not None:
-            C = max(C, min(rule.window, 1024))
+            # C queries see C + window keys at most
+            C = max(C, (isqrt(rule.window**2 + 4 * scores) - rule.window) // 2)
         for start in range(q0, q1, C):
             stop = min(q1, start + C)
             if not causal:
