@@ -16,6 +16,7 @@ from r1kernels import check
 from r1kernels.attention_kernels import wide
 from r1kernels.attention_parts import Bounds, attend, attend_backward, merge
 from r1kernels.backend import isolated
+from r1kernels.rows import positive
 from r1kernels.saved_attention import remembered
 from r1kernels.shared_prefixes import SharedPrefixes
 
@@ -37,7 +38,7 @@ def prefix_attention(
         query: [T, H, E] float32, float64, bfloat16 or float16, rotated by `layout.position_ids`.
         key, value: [T, N, E], N a divisor of H.
         layout: of these T tokens.
-        scale: of the scores; None for 1 / sqrt(E).
+        scale: of the scores, > 0; None for 1 / sqrt(E).
 
     Returns: [T, H, E] in query's dtype.
 
@@ -45,8 +46,8 @@ def prefix_attention(
     Numerics: parts are merged in float32 (float64 for float64); in the backward both take the
         merged output and log-sum-exp, so their probabilities are those of the whole softmax, and
         the gradients of keys and values are summed in float32 before they are rounded.
-    Raises: TypeError on dtypes and a layout of another type; ValueError on devices and on shapes
-        that do not fit, a layout of another batch among them.
+    Raises: TypeError on dtypes and a layout of another type; ValueError on devices, a scale that is
+        not positive, and shapes that do not fit, a layout of another batch among them.
     Source: docs/ops/prefix_attention.md.
     """
     if not isinstance(layout, SharedPrefixes):
@@ -59,14 +60,15 @@ def prefix_attention(
         check.local(name, x)
         check.dtype_in(name, x, (query.dtype,))
         check.device(name, x, query.device)
-    if query.ndim != 3 or key.ndim != 3 or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    heads = (*query.shape[1:], *key.shape[1:2])
+    if (query.ndim, key.ndim) != (3, 3) or 0 in heads or heads[0] % heads[2]:
         raise ValueError(
-            "query must be [T, H, E] and key [T, N, E] with N a divisor of H, "
+            "query must be [T, H, E] and key [T, N, E] with N a divisor of H, none 0, "
             f"got {check.describe(query)} and {check.describe(key)}"
         )
     check.shape("key", key, (query.shape[0], key.shape[1], query.shape[2]), "[T, N, E]")
     check.shape("value", value, key.shape, "that of key")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else positive("scale", scale)
     return prefix_attention_fwd(query, key, value, *layout.offsets, scale)[0]
 
 

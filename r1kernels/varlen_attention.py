@@ -7,6 +7,7 @@ from r1kernels import attention_kernels, check, packing
 from r1kernels.attention_kernels import Rule
 from r1kernels.attention_parts import Bounds, attend, attend_backward
 from r1kernels.backend import isolated
+from r1kernels.rows import positive
 from r1kernels.saved_attention import remembered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -65,19 +66,17 @@ def varlen_attention(
         torch.use_deterministic_algorithms(True).
     Raises: ValueError on shapes, devices, offsets that fall or do not end at T and S (on a GPU
         only where they are read), more queries than keys under causal, or a window without it;
-        TypeError on dtypes.
+        TypeError on dtypes, and a scale or softcap that is no number.
     Source: docs/ops/varlen_attention.md.
     """
     _check(query, key, value, cu_seqlens, cu_seqlens_key)
-    for name, x in (("scale", scale), ("softcap", softcap)):
-        if x is not None and not 0 < x < float("inf"):
-            raise ValueError(f"{name} must be a positive number, got {x!r}")
+    softcap = None if softcap is None else positive("softcap", softcap)
     for name, x in (("window", window), ("head_groups", head_groups)):
-        if x is not None and (not isinstance(x, int) or x < 1):
+        if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < 1):
             raise ValueError(f"{name} must be a positive integer, got {x!r}")
     if window is not None and not causal:
         raise ValueError(f"window needs causal=True, got window={window}")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else positive("scale", scale)
     out, lse = varlen_attention_fwd(
         query, key, value, cu_seqlens, cu_seqlens_key, max_seqlen, max_seqlen_key, causal, scale,
         window, softcap, head_groups,
@@ -97,7 +96,7 @@ def _check(query, key, value, cu_seqlens, cu_seqlens_key) -> None:
     (T, H, E), (S, N, _) = query.shape, key.shape
     check.shape("key", key, (S, N, E), "query's last dimension")
     check.shape("value", value, key.shape, "that of key")
-    if E == 0 or N == 0 or H % N:
+    if 0 in (E, N, H) or H % N:
         raise ValueError(
             f"key must have a number of heads that divides query's, and a width, got {N} heads of "
             f"{E} for {H} query heads"

@@ -340,6 +340,12 @@ def test_what_does_not_fit_the_layout_is_named(family):
         prefix_attention(query, key[:2], value, layout)
     with pytest.raises(ValueError, match="N a divisor of H"):
         prefix_attention(query[:, :3], key, value, layout)
+    for nothing in (query[:, :0], key, value), (x[..., :0] for x in (query, key, value)):
+        with pytest.raises(ValueError, match="none 0, got"):
+            prefix_attention(*nothing, layout)
+    for scale in (float("nan"), 0.0):
+        with pytest.raises(ValueError, match=f"scale must be positive and finite, got {scale}"):
+            prefix_attention(query, key, value, layout, scale=scale)
     with pytest.raises(TypeError, match=r"key must be torch\.float32"):
         prefix_attention(query, key.double(), value, layout)
     with pytest.raises(TypeError, match="layout must be a SharedPrefixes, got"):

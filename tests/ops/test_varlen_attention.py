@@ -119,8 +119,11 @@ GOOD = {"query": X, "key": X[:, :2], "value": X[:, :2], "cu_seqlens": CU}
         ({"key": X[:4, :2], "value": X[:4, :2]}, ValueError, "cu_seqlens_key is needed"),
         ({"window": 0}, ValueError, "window must be a positive integer, got 0"),
         ({"window": 3, "causal": False}, ValueError, "window needs causal=True"),
-        ({"softcap": -1.0}, ValueError, "softcap must be a positive number"),
-        ({"scale": float("nan")}, ValueError, "scale must be a positive number"),
+        ({"query": X[:, :0]}, ValueError, "2 heads of 8 for 0 query heads"),
+        ({"window": True}, ValueError, "window must be a positive integer, got True"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive and finite, got -1.0"),
+        ({"scale": float("nan")}, ValueError, "scale must be positive and finite, got nan"),
+        ({"scale": "0.1"}, TypeError, "scale must be a number, got str '0.1'"),
         ({"head_groups": 0}, ValueError, "head_groups must be a positive integer"),
     ],
 )
