@@ -116,8 +116,10 @@ class Step:
             row = (e if e < 4 else 4) * shape.vocab + 4 * shape.hidden
             beside, fixed = (4 + e) * shape.hidden, 0
         rows = min(layer.rows, max(16, self.workspace * 2**20 // row))
+        # Where a row does not count, and a sequence's last does not, those that do are gathered.
+        account.add("head", layer.x)
         account.brief("head workspace", rows * (row + beside) + fixed)
-        account.drop("head", layer.x)
+        account.drop("head", layer.x, layer.x)
         if layer.half:
             account.brief("gradients", e * weight)
         account.drop("head", 4 * weight)

@@ -12,6 +12,7 @@ from r1kernels.balance import largest_tokens
 from r1kernels.memory import ITEMSIZE, MODES, OPTIMIZERS, executed_flops, peak_bytes
 from r1kernels.memory_events import Account, Gradients, Layer
 from r1kernels.model_shape import NAMED, ModelShape
+from r1kernels.packing import shift_targets
 
 SHAPE = ModelShape(hidden=48, layers=3, heads=6, kv_heads=2, head_dim=16, intermediate=80, vocab=97)
 
@@ -56,8 +57,8 @@ def train(model, tokens: int) -> None:
     input_ids = torch.arange(tokens)[None] % 500
     hidden_TD = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
     weight = model.get_output_embeddings().weight
-    ones_T = torch.ones(tokens)
-    out = linear_policy_loss(hidden_TD, weight, input_ids[0], ones_T, PolicyObjective.dapo())
+    ones_T, targets_T = torch.ones(tokens), shift_targets(input_ids)[0]
+    out = linear_policy_loss(hidden_TD, weight, targets_T, ones_T, PolicyObjective.dapo())
     del hidden_TD
     out.loss.backward()
 
