@@ -134,9 +134,14 @@ class SharedPrefixes:
         Args:
             hidden: [T, D].
 
-        Raises: ValueError on another number of tokens.
+        Raises: ValueError on another number of tokens, or another device than the layout's.
         """
         self.check_tokens("hidden", hidden)
+        if hidden.device != self.rows.device:
+            raise ValueError(
+                f"hidden is on {hidden.device} and the layout on {self.rows.device}: "
+                "layout.to(device) moves it"
+            )
         return _HeadRows.apply(hidden, self)
 
     def unshared(self, x: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ Nothing here is a measurement.
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import harness, mlp, report, run
+from benchmarks import harness, mlp, prefix_sharing, report, run
 from benchmarks import problem as problems
 from benchmarks.cpu_suite import percentile, verdict
 from benchmarks.problem import MODES
@@ -245,6 +246,18 @@ def test_rl_verdict():
 def test_commit_is_a_hash_of_the_sources_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert re.fullmatch("sources-[0-9a-f]{12}", harness.commit())
+
+
+def test_prefix_sharing_compares_gradients_before_it_times(monkeypatch, capsys):
+    small = replace(prefix_sharing.SMALL, hidden=16, layers=1, head_dim=8, intermediate=24)
+    monkeypatch.setattr(prefix_sharing, "SMALL", small)
+    sizes = ["--prompt", "6", "--completion", "3", "--group", "4", "--turns", "1"]
+    monkeypatch.setattr("sys.argv", ["prefix_sharing", *sizes, "--device", "cpu"])
+    prefix_sharing.main()
+    assert "tokens 2.00x, operations 1." in capsys.readouterr().out
+    monkeypatch.setattr(prefix_sharing, "AGREE", {"float32": 0.0, "bfloat16": 0.0})
+    with pytest.raises(SystemExit, match="which rounding does not explain"):
+        prefix_sharing.main()
 
 
 def test_mlp_table(monkeypatch, capsys):

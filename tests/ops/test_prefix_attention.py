@@ -77,31 +77,33 @@ def test_in_float64_attention_and_its_gradients_are_those_without_sharing():
     assert all(relative_error(ours, truth) < 1e-13 for ours, truth in pairs)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_errors_are_at_most_twice_those_without_sharing(dtype):
+def test_errors_are_at_most_twice_those_without_sharing(dtype, device):
     """The other side: packed attention in the same dtype, a prompt's gradients summed exactly."""
-    layout = SharedPrefixes(LENGTHS)
-    inputs, dout = heads(layout, dtype), heads(layout, dtype)[0]
+    layout = SharedPrefixes([(300, [200, 130, 1]), *LENGTHS])
+    *inputs, dout = (x.to(device) for x in (*heads(layout, dtype), heads(layout, dtype)[0]))
     whole, options = Bounds(layout.cu_seqlens.tolist()), {"causal": True, "scale": 8**-0.5}
     parts = [layout.unshared(x) for x in inputs]
     out, lse = attend(*parts, whole, **options)
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in parts[1:]]
     rows_U = layout.unshared(torch.arange(layout.num_tokens))
     first = layout.shared(torch.arange(layout.num_unshared))
-    dout_U = torch.zeros_like(out).index_copy(0, first, dout)
+    dout_U = torch.zeros_like(out).index_copy(0, first.to(device), dout)
     dquery = attend_backward(
         dout_U, *parts, out, lse, whole, dkey=sums[0], dvalue=sums[1], **options
     )
     plain = [layout.shared(out)]
     for x in (dquery, *sums):
         wide = torch.zeros(layout.num_tokens, *x.shape[1:], dtype=torch.float64)
-        plain.append(wide.index_add_(0, rows_U, x.double()).to(dtype))
+        plain.append(wide.index_add_(0, rows_U, x.double().cpu()).to(dtype))
 
     def truth(*x):
         return layout.shared(dense(*(layout.unshared(part) for part in x), whole.query))
 
     ours = gradients(lambda *x: prefix_attention(*x, layout), inputs, dout)
-    exact = gradients(truth, [x.double() for x in inputs], dout)
+    exact = gradients(truth, [x.double().cpu() for x in inputs], dout.cpu())
+    ours, plain = ([x.cpu() for x in side] for side in (ours, plain))
     for name, *three in zip(("out", "dquery", "dkey", "dvalue"), ours, plain, exact, strict=True):
         assert_no_worse(*three, name=name)
 
@@ -150,16 +152,17 @@ def test_sequences_that_share_nothing_are_one_plain_call():
     assert torch.equal(prefix_attention(*inputs, layout, scale=0.3), expected)
 
 
-def test_gradients_of_a_prompts_last_row_are_summed_in_float32():
-    layout = SharedPrefixes([(2, [3] * 200), (4, [1, 2])])
-    hidden = torch.randn(layout.num_tokens, 16).bfloat16().requires_grad_()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_of_a_prompts_last_row_are_summed_in_float32(device):
+    layout = SharedPrefixes([(2, [3] * 200), (4, [1, 2])], device)
+    hidden = torch.randn(layout.num_tokens, 16, device=device).bfloat16().requires_grad_()
     rows = layout.head_rows(hidden)
     assert torch.equal(rows, hidden.detach()[layout.rows])
     drows = (1 + 0.1 * torch.randn(rows.shape)).bfloat16()
-    rows.backward(drows)
+    rows.backward(drows.to(device))
     expected = torch.zeros(hidden.shape, dtype=torch.float64)
-    expected.index_add_(0, layout.rows, drows.double())
-    assert relative_error(hidden.grad, expected) <= 2**-8
+    expected.index_add_(0, layout.rows.cpu(), drows.double())
+    assert relative_error(hidden.grad.cpu(), expected) <= 2**-8
 
 
 @pytest.fixture(scope="module", params=["qwen2", "llama"])
@@ -334,6 +337,8 @@ def test_what_does_not_fit_the_layout_is_named(family):
         prefix_attention(query[:3], key[:3], value[:3], layout)
     with pytest.raises(ValueError, match="hidden must have the layout's 4 tokens"):
         layout.head_rows(torch.randn(5, 8))
+    with pytest.raises(ValueError, match=r"hidden is on meta and the layout on cpu.*layout\.to"):
+        layout.head_rows(torch.empty(4, 8, device="meta"))
     with pytest.raises(ValueError, match="the 6 rows of the batch without sharing"):
         layout.shared(torch.randn(4, 8))
     with pytest.raises(ValueError, match="key must have shape"):
