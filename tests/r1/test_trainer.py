@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from r1 import batch, model
 from r1.batch import Sample
-from r1.config import Model, Objective, Optim, Toy
+from r1.config import Long, Model, Objective, Optim, Toy
 from r1.loss import needs_every_sample, objective_of
 from r1.trainer import TooManySkips, Trainer
 
@@ -151,6 +151,21 @@ def test_shared_prompts_do_not_change_the_step(objective, budget, weights):
         torch.testing.assert_close(
             other.grad, plain.grad, rtol=1e-4, atol=1e-5 * float(plain.grad.abs().max())
         )
+
+
+@pytest.mark.parametrize("save_attention", [False, True])
+def test_recomputed_layers_take_shared_prompts(save_attention):
+    gradients = []
+    for mode in ("plain", "checkpoint"):
+        one = trainer()
+        one.model.use(mode, Long(save_attention=save_attention))
+        part = with_old(one, batch.minibatch_of(grouped(policy=1.0), 1000, share=True))
+        assert part.packs[0].layout is not None
+        metrics = one.step(part)
+        assert metrics["ratio"] == metrics["tokens"]
+        gradients.append([param.grad for param in one.optimizer.masters])
+    for plain, other in zip(*gradients, strict=True):
+        assert (plain - other).abs().max() <= 1e-6 * plain.abs().max()
 
 
 def test_a_minibatch_without_live_samples_has_gradient_zero():
