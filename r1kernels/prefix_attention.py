@@ -158,7 +158,8 @@ def prefix_attention_bwd(dout, out, lse, query, key, value, *args):
             dout[rest], query[rest], key[prompts], value[prompts], out[rest], lse[rest],
             spans.cross, causal=False, scale=scale, dkey=dkey[prompts], dvalue=dvalue[prompts],
         )  # fmt: skip
-    return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
+    dquery = dquery.to(query.dtype).contiguous()
+    return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
 @prefix_attention_bwd.register_fake

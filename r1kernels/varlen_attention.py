@@ -188,7 +188,8 @@ def varlen_attention_bwd(dout, dlse, out, lse, query, key, value, *args):
         softcap=softcap, dkey=dkey, dvalue=dvalue, dlse=dlse, head_groups=head_groups,
         dtype=query.dtype,
     )  # fmt: skip
-    return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
+    # flash kernels lay dquery out as query, compiled code is told of contiguous gradients
+    return dquery.contiguous(), dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
 @varlen_attention_bwd.register_fake

@@ -8,9 +8,11 @@ import torch
 from ops.attention_cases import CASES, by_autograd, draw
 from ops.test_attention_parts import run
 
-from r1kernels import attention_kernels
+from r1kernels import SharedPrefixes, attention_kernels
 from r1kernels.attention_parts import Bounds
+from r1kernels.prefix_attention import prefix_attention_bwd, prefix_attention_fwd
 from r1kernels.reference.attention import attention
+from r1kernels.varlen_attention import varlen_attention_bwd, varlen_attention_fwd
 
 INF = float("inf")
 # more keys than queries under a window, and a softcap, go elsewhere
@@ -142,3 +144,16 @@ def test_flash_kernels_get_what_they_expect(name, groups, flash):
     found = run(case, problem, head_groups=groups)
     for x, exact in zip(found, by_autograd(case, problem), strict=True):
         torch.testing.assert_close(x, exact, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_are_laid_out_as_compiled_code_is_told(flash):
+    """Queries that are heads first in memory: the kernels give their gradients the same layout."""
+    layout = SharedPrefixes([(3, [2, 4]), (5, [1])])
+    rows = [torch.randn(2, layout.num_tokens, 8).transpose(0, 1) for _ in range(4)]
+    packed = (torch.tensor([0, 9, 15]), None, None, None, True, 0.3, None, None, None)
+    assert not rows[0].is_contiguous() and layout.num_tokens == 15
+    qkv, shared = rows[:3], (*layout.offsets, 0.3)
+    found = varlen_attention_bwd(rows[3], None, *varlen_attention_fwd(*qkv, *packed), *qkv, *packed)
+    assert all(x.is_contiguous() for x in found)
+    found = prefix_attention_bwd(rows[3], *prefix_attention_fwd(*qkv, *shared), *qkv, *shared)
+    assert all(x.is_contiguous() for x in found)
