@@ -278,7 +278,8 @@ def test_data_parallel(tmp_path):
         for rank in range(stream_ranks.RANKS)
     ]
     expected = gradients(alone, sum(losses) / len(losses))
-    for grads, fired in ranks:
+    for grads, fired, refused in ranks:
+        assert refused.startswith("model.layers.1.mlp.up_proj.weight is a DTensor")
         assert fired == dict.fromkeys(expected, 1)
         for name, x in expected.items():
             assert relative_l2(grads[name], x) < 1e-5, name
