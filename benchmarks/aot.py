@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from r1kernels._triton import common, glu
+from r1kernels._triton import attention, common, glu
 from r1kernels._triton import counted_kernels as counted
 from r1kernels._triton import head_configs as configs
 from r1kernels._triton import head_kernels as head
@@ -75,6 +75,11 @@ PARAMETERS = {
     "dh_ptr": "*x",
     "gate_ptr": "*x",
     "up_ptr": "*x",
+    "query_ptr": "*x",
+    "key_ptr": "*x",
+    "value_ptr": "*x",
+    "dout_ptr": "*x",
+    "tiles_ptr": "*i64",
     "left_ptr": "*x",
     "right_ptr": "*x",
     "steps_ptr": "*i32",
@@ -118,7 +123,7 @@ class Build:
         flags = [
             key.lower().removeprefix("has_")
             for key, value in self.constants.items()
-            if value is True and key not in ("EVEN_D", "SPECIALIZED")
+            if value is True and key not in ("EVEN_D", "EVEN_E", "SPECIALIZED")
         ]
         words = [self.dtype, *mode, *flags, *([] if self.aligned else ["unaligned"])]
         words += [self.variant] * bool(self.variant)
@@ -195,6 +200,8 @@ def builds(arch: int) -> Iterator[Build]:
         )
         if x == "bf16" and aligned:
             yield from _counted_builds(arch)
+        if x != "fp32":
+            yield from _attention_builds(arch, x, aligned)
         for name, variant in configs.VARIANTS.items():
             if arch in variant and (name == "pointers" or (aligned and x != "fp32")):
                 yield from _head_builds(arch, dtype, name, aligned)
@@ -222,6 +229,22 @@ def _counted_builds(arch: int) -> Iterator[Build]:
             constants = {**blocks, **flags, "LISTS": lists}
             options = counted.options(arch)
             yield Build(counted.__name__, kernel, arch, "bf16", "fp32", constants, options)
+
+
+def _attention_builds(arch: int, x: str, even: bool) -> Iterator[Build]:
+    """Attention by head width, even ones or those that are padded to them. It runs by name only, so
+    all but one setting count as variants."""
+    kernels = enumerate(("fwd", "dquery", "dkey"))
+    for (which, kernel), width in itertools.product(kernels, attention.CONFIGS):
+        blocks = attention.config(which, width if even else width - 8)
+        options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+        for causal in (True, False) if even and width == 128 else (True,):
+            main = (x, even, width, causal) == ("bf16", True, 128, True)
+            constants = {**blocks, "CAUSAL": causal, "EVEN_E": even}
+            yield Build(
+                attention.__name__, f"_attention_{kernel}_kernel", arch, x, x, constants, options,
+                even, "" if main else f"e{width}",
+            )  # fmt: skip
 
 
 def _head_builds(arch: int, dtype: torch.dtype, variant: str, aligned: bool) -> Iterator[Build]:

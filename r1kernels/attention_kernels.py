@@ -8,6 +8,7 @@
   gradient is added up by atomics there unless torch is told to be deterministic.
 - CPU: torch's fused CPU kernel, on one long sequence or on many short ones padded together.
 - TILED: plain torch on rows of scores that fit a bound; any device, any rule.
+- `_triton/attention.py`: Triton, by name only (`use_kernel`): it has never run on a GPU.
 
 Shapes: as in `attention_parts`; G = H / N, L tokens of a sequence, C rows of a tile.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from itertools import pairwise
 from math import isqrt
@@ -23,6 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from r1kernels.backend import Switch, load
 
 if TYPE_CHECKING:
     from r1kernels.attention_parts import Bounds
@@ -54,8 +58,30 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
+_wanted = Switch(None)
+
+
+def use_kernel(name: str | None) -> AbstractContextManager[None]:
+    """Within the block attention runs on kernel "tiled" or "triton", or raises RuntimeError with
+    the reason why it cannot; None restores the choice by device. In force for the whole process.
+
+    Raises: ValueError on another name.
+    """
+    if name not in (None, "tiled", "triton"):
+        raise ValueError(f"unknown attention kernel {name!r}: choose tiled, triton or None")
+    return _wanted.set(name)
+
+
 def choose(query_THE: Tensor, bounds: Bounds, rule: Rule) -> Kernel:
-    """The fastest kernel that computes exactly this."""
+    """The kernel asked for by name, or else the fastest that computes exactly this."""
+    if _wanted.value == "triton":
+        module = load("attention", "triton")
+        reason = module if isinstance(module, str) else module.refuses(query_THE, rule)
+        if reason is not None:
+            raise RuntimeError(f"no Triton attention: {reason}")
+        return Kernel(module.forward, module.backward, rectangles=True)
+    if _wanted.value == "tiled":
+        return TILED
     if query_THE.is_cuda and query_THE.dtype in HALF:
         E = query_THE.shape[-1]
         limited = rule.window is not None and not bounds.square

@@ -28,7 +28,7 @@ _log = logging.getLogger("r1kernels")
 _told: set[tuple[str, str, str]] = set()
 
 
-class _Switch:
+class Switch:
     """A process-wide setting with blocks that override it, the one entered last in force.
 
     Not a ContextVar: autograd runs the backward of CUDA tensors on threads of its own. Each block
@@ -55,8 +55,8 @@ class _Switch:
                 self.entries[:] = [x for x in self.entries if x is not entry]
 
 
-_backend = _Switch(os.environ.get("R1KERNELS_BACKEND") or None)
-_invariant = _Switch(False)
+_backend = Switch(os.environ.get("R1KERNELS_BACKEND") or None)
+_invariant = Switch(False)
 
 
 @functools.cache
