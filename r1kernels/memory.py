@@ -18,6 +18,7 @@ from r1kernels.balance import largest_tokens
 from r1kernels.memory_events import WORKSPACE, Layer
 from r1kernels.memory_step import Optimizer, Step
 from r1kernels.model_shape import NAMED, ModelShape, shape_of
+from r1kernels.stream_model import default_chunk_size
 
 GB = 10**9
 # From the cheapest in time to the cheapest in memory.
@@ -27,8 +28,6 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = {"cpu": 0, "cuda": 6_000_000_000}
 ATTENTION = {"cpu": "cpu", "cuda": "flash2"}
 WORKSPACE_MB = {"cpu": 256, "cuda": 1280}
-# Rows of a chunk of `stream_model`.
-CHUNK = 4096
 
 
 OPTIMIZERS = {
@@ -67,7 +66,7 @@ def peak_bytes(
     attention: str | None = None,
     head_groups: int = 1,
     mlp_rows: int = 0,
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
     workspace_mb: int | None = None,
     slack: int | None = None,
 ) -> PeakBytes:
@@ -88,7 +87,7 @@ def peak_bytes(
         attention: backward's workspace, a key of `memory_events.WORKSPACE`.
         head_groups: groups of heads that attention's backward takes one after another.
         mlp_rows: rows of a tile of `tiled_mlp`; 0: not tiled.
-        chunk_size: queries of a chunk in the stream modes.
+        chunk_size: queries of a chunk in the stream modes; None: `stream_model`'s own.
         workspace_mb: of the head; None: the default of `linear_logp`.
         slack: bytes added on top; None: SLACK.
 
@@ -103,6 +102,7 @@ def peak_bytes(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    chunk_size = default_chunk_size(shape.hidden) if chunk_size is None else chunk_size
     for name, value in (
         ("tokens", tokens),
         ("chunk_size", chunk_size),
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--attention", choices=WORKSPACE, help="backward's workspace")
     parser.add_argument("--head-groups", type=int, default=1)
     parser.add_argument("--mlp-rows", type=int, default=0, help="rows of a tile of tiled_mlp")
-    parser.add_argument("--chunk-size", type=int, default=CHUNK, help="queries, in stream modes")
+    parser.add_argument("--chunk-size", type=int, help="queries, in stream modes")
     parser.add_argument("--workspace-mb", type=int, help="of the fused head")
     parser.add_argument("--stored-logits", action="store_true", help="no fused head")
     parser.add_argument("--fused-layers", action="store_true", help="Liger's norm, RoPE, SwiGLU")

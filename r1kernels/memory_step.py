@@ -156,7 +156,7 @@ class Step:
         wide = 4 * layer.rows * shape.kv_width
         account.add("weight gradient sums", 4 * shape.layer_params)
         account.add("keys and values", layer.k, layer.k, wide, wide)
-        account.brief("chunk", _chunk_backward(self.chunk, HEAD_WORKSPACE[self.device]))
+        account.brief("chunk", _chunk_backward(self.chunk, self.device))
         account.drop("keys and values", layer.k, layer.k, wide, wide)
         # Sums go as the gradients that they are rounded to come.
         account.drop("weight gradient sums", 4 * shape.layer_params)
@@ -170,7 +170,7 @@ def _chunk_forward(chunk: Layer) -> int:
     return chunk.x + max(rotary, 3 * chunk.x + 2 * chunk.q + 2 * chunk.m)
 
 
-def _chunk_backward(chunk: Layer, workspace: int) -> int:
+def _chunk_backward(chunk: Layer, device: str) -> int:
     """Transients of a chunk of `stream_layer`'s backward."""
     shape, x, q = chunk.shape, chunk.x, chunk.q
     wide_x, wide_q = (4 * chunk.rows * width for width in (shape.hidden, shape.query_width))
@@ -178,6 +178,11 @@ def _chunk_backward(chunk: Layer, workspace: int) -> int:
     kept = 3 * q + 2 * x
     # Heads go in turns where gradients expanded to query heads are large.
     expanded = wide_q + 8 * chunk.keys * shape.query_width
-    turn = min(expanded, max(workspace, expanded // shape.kv_heads))
+    turn = min(expanded, max(HEAD_WORKSPACE[device], expanded // shape.kv_heads))
     attention = wide_x + x + q + wide_q + turn
-    return kept + max(2 * x + 3 * chunk.m, 6 * wide_x, attention)
+    mlp = 2 * x + 3 * chunk.m
+    if device == "cpu" and chunk.half:
+        # products in float32 of operands that are widened
+        attention += 3 * wide_q + 8 * chunk.keys * shape.kv_width
+        mlp += wide_x + 4 * chunk.rows * shape.intermediate
+    return kept + max(mlp, 6 * wide_x, attention)

@@ -13,6 +13,7 @@ from r1kernels.memory import ITEMSIZE, MODES, OPTIMIZERS, executed_flops, peak_b
 from r1kernels.memory_events import Account, Gradients, Layer
 from r1kernels.model_shape import NAMED, ModelShape
 from r1kernels.packing import shift_targets
+from r1kernels.stream_model import stream_model
 
 SHAPE = ModelShape(hidden=48, layers=3, heads=6, kv_heads=2, head_dim=16, intermediate=80, vocab=97)
 
@@ -85,6 +86,39 @@ def test_within_five_percent_of_what_is_allocated(models, name, dtype, mode):
         there = found.parts["weights"] + accumulate * shape.params * ITEMSIZE[dtype]
         predicted = found.device - there
         assert predicted == pytest.approx(measured, rel=0.05), (tokens, accumulate, found.parts)
+
+
+@pytest.mark.parametrize("chunk_size", [32, 128])
+def test_streamed_layers_within_an_eighth(chunk_size):
+    """Transients of a chunk are estimated, and large beside a model as small as this."""
+    import transformers as t
+
+    config = t.Qwen2Config(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=288, vocab_size=96, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    stream = stream_model(model, chunk_size=chunk_size)
+    weight, objective = model.get_output_embeddings().weight, PolicyObjective.dapo()
+
+    def run(tokens):
+        tokens_T = torch.arange(tokens) % 90
+        hidden_TD, targets_T = stream(tokens_T), shift_targets(tokens_T[None])[0]
+        out = linear_policy_loss(hidden_TD, weight, targets_T, torch.ones(tokens), objective)
+        del hidden_TD
+        out.loss.backward()
+
+    run(8)
+    for tokens in (256, 768):
+        model.zero_grad()
+        measured = allocated_at_most(lambda tokens=tokens: run(tokens))
+        found = peak_bytes(
+            ModelShape.from_config(config), tokens, mode="stream", dtype="float32",
+            optimizer="none", accumulate=False, device="cpu", chunk_size=chunk_size,
+        )  # fmt: skip
+        predicted = found.device - found.parts["weights"]
+        assert predicted == pytest.approx(measured, rel=0.125), (tokens, found.parts)
 
 
 @pytest.mark.parametrize(
