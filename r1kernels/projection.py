@@ -118,7 +118,8 @@ def refuse_hooks(name: str, module: nn.Module) -> None:
                 f"{part} has a forward of its own, put there by this or another library: "
                 "it would not be called; take it off first"
             )
-        if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks:
+        hooks = each._forward_hooks, each._forward_pre_hooks
+        if any((*hooks, each._backward_hooks, each._backward_pre_hooks)):
             raise ValueError(f"{part} has hooks that would not be called: take them off first")
 
 
@@ -145,6 +146,8 @@ def _adapter(name: str, module: nn.Module) -> tuple[Tensor, Tensor, float] | Non
     (key,) = active
     if key in getattr(module, "lora_variant", {}):
         refuse(f"an adapter {key!r} of the variant {type(module.lora_variant[key]).__name__}")
+    if getattr(module, "use_dora", {}).get(key):  # before PEFT had variants
+        refuse(f"an adapter {key!r} with DoRA")
     if module.lora_B[key].bias is not None:
         refuse(f"an adapter {key!r} with a bias")
     dropout = module.lora_dropout[key]

@@ -108,7 +108,7 @@ def test_undo_leaves_what_others_have_replaced():
     assert model.model.layers[0].mlp.forward is mine and tiled.undo() == []
 
 
-def adapters(dropout=0.0, bias=False, variant=None, active=("default",)):
+def adapters(dropout=0.0, bias=False, variant=None, dora=False, active=("default",)):
     """As PEFT's lora.Linear lies around a linear layer; the rank is 2, the scale 1.5."""
 
     class Linear(nn.Module):
@@ -119,6 +119,7 @@ def adapters(dropout=0.0, bias=False, variant=None, active=("default",)):
             self.merged = self.disable_adapters = False
             self.scaling = dict.fromkeys(active, 1.5)
             self.lora_variant = {} if variant is None else {"default": variant}
+            self.use_dora = dict.fromkeys(active, dora)
             self.lora_dropout = nn.ModuleDict({key: nn.Dropout(dropout) for key in active})
             self.lora_A = nn.ModuleDict({key: nn.Linear(inputs, 2, bias=False) for key in active})
             self.lora_B = nn.ModuleDict({key: nn.Linear(2, outputs, bias=bias) for key in active})
@@ -194,10 +195,15 @@ CHANGES = {
         lambda mlp: mlp.down_proj.register_forward_hook(lambda *_: None),
         r"down_proj has hooks",
     ),
+    "backward hook": (
+        lambda mlp: mlp.up_proj.register_full_backward_pre_hook(lambda *_: None),
+        r"up_proj has hooks",
+    ),
     "forward": (lambda mlp: setattr(mlp, "forward", print), "has a forward of its own"),
     "dropout": (wrapped(dropout=0.1), r"up_proj has an adapter 'default' with dropout 0\.1"),
     "bias": (wrapped(bias=True), "up_proj has an adapter 'default' with a bias"),
     "variant": (wrapped(variant=nn.Identity()), "up_proj has an adapter 'default' of the variant"),
+    "dora": (wrapped(dora=True), "up_proj has an adapter 'default' with DoRA"),
     "two": (wrapped(active=("a", "b")), r"up_proj has 2 active adapters \(a, b\)"),
 }
 
