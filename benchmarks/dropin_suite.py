@@ -2,12 +2,6 @@
 
 Each side is a process of its own and they take turns, so a peak of memory is that of one side. A
 patched side counts only if its loss and gradient are the original's.
-
-    trl           GRPOTrainer._compute_loss and its backward, transformers backbone included
-    trl_frozen    the same with a head that is not trained (LoRA below it)
-    trl_logits    selective_log_softmax_and_entropy of logits, forward and backward
-    liger         LigerFusedLinearGRPOLoss, forward and backward
-    transformers  log-probabilities of a causal LM by its logits and by return_logp=True
 """
 
 import argparse
@@ -29,8 +23,15 @@ from benchmarks.harness import (
     serve,
     status_mib,
 )
+from benchmarks.report_text import number, table
 
-CASES = ("trl", "trl_frozen", "trl_logits", "liger", "transformers")
+CASES = {
+    "trl": "TRL: `GRPOTrainer`'s loss and its backward, transformers backbone included",
+    "trl_frozen": "the same, head not trained (LoRA below it)",
+    "trl_logits": "TRL: `selective_log_softmax_and_entropy` of logits, forward and backward",
+    "liger": "Liger: `LigerFusedLinearGRPOLoss`, forward and backward",
+    "transformers": "transformers: log-probabilities of a model by its logits and by `return_logp`",
+}
 SIDES = ("original", "patched")
 LIBRARIES = {"trl_frozen": "trl", "trl_logits": "trl"}
 # sequences, prompt, completion, width, vocabulary
@@ -40,6 +41,21 @@ START_TIMEOUT = 240.0
 STEP_TIMEOUT = 120.0
 MAX_ROUNDS = 20
 AGREE = 1e-4
+# Fields that rows of all suites have and these do not fill.
+EMPTY = dict.fromkeys(
+    [
+        "backend",
+        "floor_ms",
+        "ratio_to_floor",
+        "rel_err_fp64",
+        "ratio_to_original",
+        "peak_mib",
+        "ms_p50",
+        "ms_min",
+        "ms_p20",
+        "ms_p80",
+    ]
+)
 
 
 def is_ours(row: dict) -> bool:
@@ -66,7 +82,7 @@ def run(
         for name in given or ():
             if name not in known:
                 raise ValueError(f"no {what} {name!r}; there are {', '.join(known)}")
-    cases, shape = modes or CASES, QUICK if quick else SHAPE
+    cases, shape = modes or list(CASES), QUICK if quick else SHAPE
     common = {"commit": commit(), "machine": machine(threads)}
     for case in cases:
         end = time.monotonic() + minutes * 60 / len(cases)
@@ -97,7 +113,7 @@ def run(
         for side in workers:
             row = {"op": "dropin", "mode": case, "provider": side, "dtype": "float32"}
             row |= {"device": "cpu", "shape": shape, "status": "ok", "reason": None, **common}
-            write(row | outcome(side, steps, reasons))
+            write({**EMPTY, "samples": 0, **row, **outcome(side, steps, reasons)})
 
 
 def outcome(side: str, steps: dict[str, list[dict]], reasons: dict[str, str]) -> dict:
@@ -137,6 +153,37 @@ def line(row: dict) -> str:
         return f"{head} {row['status']}: {row['reason']}"
     ratio = f" ({row['ratio_to_original']:.2f}x)" if row["ratio_to_original"] else ""
     return f"{head} {row['ms_p50']:8.0f} ms{ratio}, peak {row['peak_mib']:6.0f} MiB above inputs"
+
+
+def section(rows: list[dict]) -> str:
+    """The table of the README: which side is the faster and which the smaller one."""
+    rows = [row for row in rows if row["op"] == "dropin"]
+    if not rows:
+        return "Libraries with and without a patch: not measured."
+    found = {(row["mode"], row["provider"]): row for row in rows}
+    body = []
+    for case, what in CASES.items():
+        sides = [found.get((case, side)) for side in SIDES]
+        if not all(row and row["status"] == "ok" for row in sides):
+            why = [row["reason"] for row in sides if row and row["status"] != "ok"]
+            body.append([what, *["-"] * 4, "; ".join(why) or "not run"])
+            continue
+        times = [number(row["ms_p50"], 4) for row in sides]
+        peaks = [f"{row['peak_mib']:,.0f}" for row in sides]
+        body.append([what, *times, f"{sides[1]['ratio_to_original']:.2f}", *peaks])
+    shape, of = rows[0]["shape"], rows[0]["machine"]
+    header = ["", "original, ms", "patched, ms", "ratio", "original, MiB", "patched, MiB"]
+    return "\n".join(
+        [
+            "**The same code before and after `r1kernels.patch`**, on a CPU: "
+            f"{shape['B']} sequences of {shape['P']} + {shape['S']} positions, D={shape['D']}, "
+            f"V={shape['V']}, float32; peaks are above inputs and gradients; the two take turns, "
+            "and a patched side is refused unless its loss and gradient norm are the original's "
+            f"to {AGREE:g}. {of['cpu']}, {of['threads']} threads; commit {rows[0]['commit']}.",
+            "",
+            table(header, body),
+        ]
+    )
 
 
 class _Side:

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks import exactness, report_cpu, report_gpu, report_longseq
+from benchmarks import dropin_suite, exactness, report_cpu, report_gpu, report_longseq
 from benchmarks.harness import ROOT
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -66,6 +66,7 @@ def block(rows: list[dict], plots: dict[str, str]) -> str:
         report_cpu.head_errors(rows),
         exactness.section(rows),
         report_cpu.rl_step(rows),
+        dropin_suite.section(rows),
         *report_gpu.block(rows),
         *report_longseq.block(rows),
         *figures,
@@ -74,10 +75,11 @@ def block(rows: list[dict], plots: dict[str, str]) -> str:
         "Regenerate on a quiet machine: `python -m benchmarks.run --suite cpu --json "
         "benchmarks/results/cpu.jsonl`, "
         "`python -m benchmarks.exactness --json benchmarks/results/exactness.jsonl`, "
-        "`python -m benchmarks.run --suite rl --json benchmarks/results/rl.jsonl`, on a GPU "
-        "`python -m benchmarks.run --suite gpu --minutes 8 --out benchmarks/results`; "
-        "`python -m benchmarks.run --suite longseq --out benchmarks/results` on either; then "
-        "`python -m benchmarks.report`."
+        "`python -m benchmarks.run --suite rl --json benchmarks/results/rl.jsonl`, "
+        "`python -m benchmarks.run --suite dropin --json benchmarks/results/dropin.jsonl`, "
+        "on a GPU `python -m benchmarks.run --suite gpu --minutes 8 --out benchmarks/results`; "
+        "`python -m benchmarks.run --suite longseq --out benchmarks/results` on either; "
+        "then `python -m benchmarks.report`."
     )
     return "\n\n".join([BEGIN, *parts, regenerate, END])
 

@@ -59,13 +59,15 @@ def linear_logp(
         workspace_mb: MiB for the logits of a chunk; default 256 on the CPU, 1280 on a GPU.
         weight_grad: [V, D] float32, contiguous, such as a float32 `weight.grad` or Megatron's
             `main_grad`: the backward adds the weight's gradient to it, unrounded and without a
-            buffer of its own, and autograd gives weight none.
+            buffer of its own, and autograd gives weight none: its hooks do not run, those of
+            DistributedDataParallel among them.
         group: the ranks that hold the vocabulary in slices, in rank order, each of one row or more.
             weight, bias and B are then this rank's slices (weight and bias may be DTensors with
             Shard(0) over the group), and every rank calls with the same hidden, targets (of the
             whole vocabulary) and options. Results are the same bits on every rank; the gradients of
             hidden and A are whole on every rank, the others are the slice's. An argument that one
-            rank refuses, or ranks that differ, are errors on all of them.
+            rank refuses, or ranks that differ, are errors on all of them; the backward has to run
+            on all or none, as any collective.
 
     Returns:
         Logp(logp, entropy | None, lse): [...] float32, in nats. Gradients flow to hidden, weight,

@@ -30,6 +30,29 @@ def backend(request):
         yield request.param
 
 
+def process_state() -> dict:
+    """What a test could leave changed for those that happen to run after it in its process."""
+    watched = ("R1KERNELS", "TRITON", "OMP_", "CUDA_")
+    return {
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(watched)},
+        "folder": os.getcwd(),
+        "backend": (backends._backend.value, backends.is_batch_invariant()),
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "process group": torch.distributed.is_initialized(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind():
+    """Files run in any order, several to a process."""
+    before = process_state()
+    yield
+    assert process_state() == before
+
+
 @pytest.fixture(autouse=True)
 def seeds():
     random.seed(0)

@@ -6,7 +6,7 @@ pytest.importorskip("trl")
 pytest.importorskip("liger_kernel")
 
 import r1kernels
-from benchmarks import dropin_suite, run
+from benchmarks import dropin_suite, report, run
 
 
 @pytest.mark.parametrize("case", dropin_suite.CASES)
@@ -39,5 +39,10 @@ def test_command_line(tmp_path, capsys):
     assert [row["provider"] for row in rows] == list(dropin_suite.SIDES)
     assert all(row["status"] == "ok" and row["samples"] == 1 for row in rows)
     assert "liger        patched" in capsys.readouterr().out
+    ratio = rows[1]["ratio_to_original"]
+    text = dropin_suite.section(report.load(tmp_path))
+    assert f"| {ratio:.2f} |" in text and "| not run |" in text
+    died = {**rows[1], "status": "missing", "reason": "out of memory", "ms_p50": None}
+    assert "| out of memory |" in dropin_suite.section([rows[0], died])
     with pytest.raises(ValueError, match="no mode 'verl'"):
         run.main([*argv[:-1], "verl"])
