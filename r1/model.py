@@ -153,7 +153,7 @@ class CausalLM:
                 f"sequences must have 1 to {self.max_length} tokens, got lengths {lengths[:8]}"
             )
         if self._stream is not None:
-            return self._stream(tokens, cu_seqlens=cu_seqlens)
+            return self._stream(tokens, cu_seqlens=torch.tensor(bounds))
         return self.run(tokens, attention.PackedPlan(lengths, tokens.device))
 
     def shared_hidden(self, tokens: Tensor, layout: SharedPrefixes) -> Tensor:
