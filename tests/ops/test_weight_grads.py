@@ -62,6 +62,8 @@ def test_float64_stays_float64(signal):
     chunked(dy, x, grads)
     found = grads.deliver("weight")
     assert found.dtype == torch.float64 and relative_l2(found, dy.T @ x) < 1e-14
+    with pytest.raises(KeyError, match="weight"):
+        grads.deliver("weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
