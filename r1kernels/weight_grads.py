@@ -1,6 +1,6 @@
 """Weight gradients of chunks of rows, summed in float32 and delivered once.
 
-Summed in bfloat16 over 512 chunks, a gradient that all chunks agree on loses a sixth of its size:
+Summed in bfloat16 over 512 chunks, a gradient that all chunks agree on loses a quarter of its size:
 beside the sum, a chunk's share falls below half an ulp. Here every product is made in float32 and
 added in float32, and rounded once, at the end.
 """

@@ -1,4 +1,4 @@
-"""Weight gradients summed over chunks: float32 sums lose nothing, bfloat16 sums a sixth."""
+"""Weight gradients summed over chunks: float32 sums lose nothing, bfloat16 sums a quarter."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_512_chunks_are_as_good_as_one(signal):
     for dy_CM, x_CN in zip(dy.chunk(CHUNKS), x.chunk(CHUNKS), strict=True):
         naive += (dy_CM.float().T @ x_CN.float()).bfloat16()
     lost = relative_l2(naive, truth)
-    assert lost > 0.16, f"bfloat16 sums err by {lost:.3f} only: the case shows nothing"
+    assert lost > 0.2, f"bfloat16 sums err by {lost:.3f} only: the case shows nothing"
 
     weight, bias = torch.empty(M, N).bfloat16(), torch.empty(M).bfloat16()
     found = []
