@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from r1kernels import check
-from r1kernels.projection import KEYS, Projection, linear_parts
+from r1kernels.projection import KEYS, Projection, has_hooks, linear_parts
 from r1kernels.reference.glu import ACTIVATIONS, glu
 from r1kernels.tiled_mlp import Mlp
 
@@ -89,6 +89,14 @@ def decoder(model: nn.Module) -> tuple[nn.Module, str]:
         for name, module in model.named_modules()
         if isinstance(getattr(module, "layers", None), nn.ModuleList)
     ]
+    for part, outer in model.named_modules():
+        if isinstance(outer, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{part or 'model'} is a DistributedDataParallel, which would not see the call and "
+                "average no gradients: wrap what stream_model returns, not what it takes"
+            )
+        if getattr(getattr(outer, "active_peft_config", None), "is_prompt_learning", False):
+            raise _refusal(outer, part or "model", "learns a prompt, which would be left out")
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} must hold exactly one decoder (a module with `layers`), "
@@ -98,6 +106,9 @@ def decoder(model: nn.Module) -> tuple[nn.Module, str]:
     _expect(module, name, MODEL)
     if type(module.embed_tokens) is not nn.Embedding:
         raise _refusal(module.embed_tokens, f"{name}.embed_tokens", "is no plain embedding")
+    for part, inner in ((name or "model", module), (f"{name}.norm".lstrip("."), module.norm)):
+        if has_hooks(inner):
+            raise _refusal(inner, part, "has hooks, which would not be called")
     return module, name
 
 
@@ -112,7 +123,7 @@ def decoder_layer(layer: nn.Module, name: str = "layer") -> DecoderLayer:
     """
     _expect(layer, name, LAYER)
     for part, module in layer.named_modules(prefix=name):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if has_hooks(module):
             raise _refusal(module, part, "has hooks, which would not be called")
     attn, mlp = layer.self_attn, layer.mlp
     at, within = f"{name}.self_attn", f"{name}.mlp"
@@ -193,6 +204,8 @@ def _projection(module: nn.Module, name: str) -> Projection:
     weight, bias, low_rank = linear_parts(name, module)
     check.local(f"{name}.weight", weight)
     check.floating(f"{name}.weight", weight)
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise _refusal(module, name, f"has a weight of type {type(weight).__name__}")
     return Projection(weight, bias, *(low_rank or ()))
 
 

@@ -118,9 +118,24 @@ def refuse_hooks(name: str, module: nn.Module) -> None:
                 f"{part} has a forward of its own, put there by this or another library: "
                 "it would not be called; take it off first"
             )
-        hooks = each._forward_hooks, each._forward_pre_hooks
-        if any((*hooks, each._backward_hooks, each._backward_pre_hooks)):
+        if has_hooks(each):
             raise ValueError(f"{part} has hooks that would not be called: take them off first")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to be called with this module.
+
+    transformers leaves hooks behind after a call with output_hidden_states or output_attentions.
+    They do nothing in a call without, and nobody has a handle to take them off.
+    """
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+    idle = "transformers.utils.output_capturing"
+    return any(getattr(hook, "__module__", None) != idle for hook in hooks)
 
 
 def _is_adapter(module: nn.Module) -> bool:

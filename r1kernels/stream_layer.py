@@ -113,13 +113,15 @@ def run_layer(
     check.shape("hidden", hidden, (hidden.shape[0], len(layer.input_norm.weight)), "[T, D]")
     for name, x in (("cos", cos), ("sin", sin)):
         check.shape(f"position_embeddings: {name}", x, (hidden.shape[0], layer.head_width))
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"position_embeddings: {name} would get no gradient: detach it")
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
     if torch.is_autocast_enabled(hidden.device.type):
         raise ValueError("streaming runs in the dtype of the weights: leave autocast to call it")
     return _StreamLayer.apply(
-        hidden, cos, sin, layer, cut(offsets, chunk_size, layer.window), save_attention,
-        own_gradient, *layer.parameters().values(),
+        hidden, cos, sin, layer, cut(offsets, chunk_size, layer.window),
+        save_attention and torch.is_grad_enabled(), own_gradient, *layer.parameters().values(),
     )  # fmt: skip
 
 

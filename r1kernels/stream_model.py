@@ -3,7 +3,7 @@ transients, forward and backward."""
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,7 @@ class StreamModel(nn.Module):
         alike = set()
         for layer, title in _layers(base, name):
             verify_layer(layer, title, alike)
+        self._replaced = _replaced(base, name)
         self._verify(base, name)
 
     def forward(
@@ -108,12 +109,18 @@ class StreamModel(nn.Module):
             got = check.describe(input_ids)
             raise ValueError(f"input_ids must be packed, [T] or [1, T], got {got}")
         T = input_ids.numel()
+        if (replaced := _replaced(base, name)) != self._replaced:
+            parts = sorted(dict(replaced ^ self._replaced))
+            raise ValueError(
+                f"{', '.join(parts)}: another forward than when stream_model compared the model, "
+                "and it would not be called: call stream_model again"
+            )
         offsets = host_offsets(cu_seqlens, T)
         positions_T = self._positions(base, input_ids, position_ids, offsets)
         hidden_TD = base.embed_tokens(input_ids.view(T))
-        if T == 0:
-            return hidden_TD
-        cos_TE, sin_TE = (x[0] for x in base.rotary_emb(hidden_TD[None], positions_T[None]))
+        # A rank without tokens takes part all the same: its gradients are zeros.
+        turned_T = positions_T if T else positions_T.new_zeros(1)
+        cos_TE, sin_TE = (x[0, :T] for x in base.rotary_emb(hidden_TD[None], turned_T[None]))
         waiting = None if self.store is None else _Waiting(self.store)
         for layer, title in _layers(base, name):
             found = decoder_layer(layer, title)
@@ -182,6 +189,15 @@ class StreamModel(nn.Module):
 def _layers(base: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """Each with its name in the model."""
     return [(x, f"{name}.layers.{i}".lstrip(".")) for i, x in enumerate(base.layers)]
+
+
+def _replaced(base: nn.Module, name: str) -> set[tuple[str, Callable]]:
+    """Forwards that are not those of the modules' classes, with the modules' names."""
+    return {
+        (part, vars(module)["forward"])
+        for part, module in base.named_modules(prefix=name)
+        if "forward" in vars(module)
+    }
 
 
 class _Waiting:

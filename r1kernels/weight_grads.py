@@ -1,6 +1,6 @@
 """Weight gradients of chunks of rows, summed in float32 and delivered once.
 
-Summed in bfloat16 over 512 chunks, a gradient that all chunks agree on loses a sixth of its size:
+Summed in bfloat16 over 512 chunks, a gradient that all chunks agree on loses a quarter of its size:
 beside the sum, a chunk's share falls below half an ulp. Here every product is made in float32 and
 added in float32, and rounded once, at the end.
 """
@@ -56,8 +56,8 @@ class WeightGrads:
 
     def deliver(self, key: str, dtype: torch.dtype | None = None) -> Tensor | None:
         """The gradient of a parameter, rounded once, to the parameter's dtype unless another is
-        asked for; None where none was wanted. Its sum is given away: to be called once."""
-        if key not in self._sums:
+        asked for; None where none was wanted. Gives its sum away: called twice, a KeyError."""
+        if key not in self._dtypes:
             return None
         return self._sums.pop(key).to(dtype or self._dtypes[key])
 

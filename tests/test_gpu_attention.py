@@ -8,6 +8,7 @@ from ops.test_attention_parts import run
 
 from r1kernels import attention_kernels, varlen_attention
 from r1kernels.attention_parts import Bounds, attend, attend_backward, merge
+from r1kernels.reference.attention import attention
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +42,30 @@ def test_half_precision_is_no_worse_than_twice_torchs(name, dtype, flash):
 @pytest.mark.parametrize("name", CASES)
 def test_float32_on_a_gpu(name):
     compare(CASES[name], draw(CASES[name], torch.float32, "cuda"))
+
+
+@pytest.mark.parametrize("name", ["long and short", "more keys than queries", "window"])
+def test_gradients_flow_through_lse_of_the_flash_kernels(name, flash):
+    case = CASES[name]
+    problem = draw(case, torch.bfloat16, "cuda")
+    weights = draw(case, device="cuda", seed=1).dout[..., 0]
+    options = {name: x for name, x in case.options.items() if x is not None}
+    cu, cu_key = (torch.tensor(x, dtype=torch.int32) for x in case.offsets)
+
+    def ours(*qkv):
+        return varlen_attention(*qkv, cu, cu_seqlens_key=cu_key, return_lse=True, **options)
+
+    def plain(*qkv):
+        return attention(*qkv, *case.offsets, **case.options)
+
+    found = []
+    for fn, dtype in ((ours, torch.bfloat16), (plain, torch.bfloat16), (plain, torch.float64)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in problem[:3]]
+        out, lse = fn(*inputs)
+        loss = (out * problem.dout).sum() + (lse * weights).sum()
+        found.append(torch.autograd.grad(loss, inputs))
+    for what, *three in zip(NAMES[2:], *found, strict=True):
+        assert_no_worse(*(x.cpu() for x in three), name=what)
 
 
 def test_flash_kernels_are_what_runs():

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -433,6 +434,88 @@ def test_layers_of_another_form_are_refused():
     model.model.layers[0].self_attn.q_proj.float()
     with pytest.raises(TypeError, match=r"layers.0: .*weight must be"):
         stream_model(model)
+
+
+def test_what_would_be_left_out_is_refused(tokens, monkeypatch):
+    model = build("Llama", layers=1)
+    stream, base = stream_model(model), model.model
+    for module, register, name in (
+        (base, "register_forward_hook", r"model \(LlamaModel\)"),
+        (base.norm, "register_forward_pre_hook", r"model.norm \(LlamaRMSNorm\)"),
+        (
+            base.layers[0].mlp.up_proj,
+            "register_full_backward_pre_hook",
+            r"layers.0.mlp.up_proj \(Linear\)",
+        ),
+    ):
+        hook = getattr(module, register)(lambda *_: None)
+        with pytest.raises(ValueError, match=f"{name}.*has hooks, which would not be called"):
+            stream(tokens)
+        hook.remove()
+    base.norm.forward = lambda x: 0 * x
+    with pytest.raises(ValueError, match=r"^model.norm: another forward than when stream_model"):
+        stream(tokens)
+    del base.norm.forward
+    stream(tokens)
+
+    class Packed(torch.Tensor):
+        pass
+
+    projection = base.layers[0].mlp.up_proj
+    plain_weight = projection.weight
+    projection.weight = nn.Parameter(plain_weight.detach().as_subclass(Packed))
+    with pytest.raises(ValueError, match=r"up_proj \(Linear\).*has a weight of type Packed"):
+        stream(tokens)
+    projection.weight = plain_weight
+    model.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+    with pytest.raises(ValueError, match=r"model \(LlamaForCausalLM\).*learns a prompt"):
+        stream_model(model)
+    del model.active_peft_config
+    # Its constructor wants a process group.
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "__init__", nn.Module.__init__)
+    wrapped = nn.parallel.DistributedDataParallel()
+    wrapped.module = model
+    with pytest.raises(
+        ValueError, match=r"model is a DistributedDataParallel.*average no gradients"
+    ):
+        stream_model(wrapped)
+    angle = torch.randn(3, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="position_embeddings: sin would get no gradient"):
+        stream_layer(
+            base.layers[0], torch.randn(3, 32, dtype=torch.float64),
+            (angle, angle.clone().requires_grad_()), chunk_size=2,
+        )  # fmt: skip
+
+
+def test_after_a_call_that_captured_outputs(tokens):
+    """transformers leaves idle hooks in the model for good."""
+    model = build("Llama", layers=1)
+    model(tokens[None], output_hidden_states=True, output_attentions=True)
+    assert any(module._forward_hooks for module in model.modules())
+    truth = plain(model, tokens, torch.tensor([0, TOKENS]))
+    assert relative_l2(stream_model(model, chunk_size=7)(tokens), truth) < 1e-6
+
+
+def test_no_tokens_give_zero_gradients():
+    """A rank without tokens must hand DDP every gradient, too."""
+    model = build("Qwen2", layers=1)
+    none = torch.zeros(0, dtype=torch.int64)
+    for options in ({}, {"save_attention": True, "store": HostStore()}):
+        hidden = stream_model(model, **options)(none, cu_seqlens=torch.tensor([0, 0, 0]))
+        assert hidden.shape == (0, 32)
+        model.zero_grad()
+        hidden.sum().backward()
+        assert all(torch.equal(x.grad, 0 * x) for x in model.base_model.parameters())
+
+
+def test_attention_is_not_saved_without_gradients():
+    model, tokens, peaks = build("Llama", layers=1).float(), torch.randint(VOCABULARY, (500,)), []
+    for save_attention in (False, True):
+        stream = stream_model(model, chunk_size=50, save_attention=save_attention)
+        with torch.no_grad(), Live() as live:
+            stream(tokens)
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1]
 
 
 def test_calls_that_are_refused(tokens):

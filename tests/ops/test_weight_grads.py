@@ -1,4 +1,4 @@
-"""Weight gradients summed over chunks: float32 sums lose nothing, bfloat16 sums a sixth."""
+"""Weight gradients summed over chunks: float32 sums lose nothing, bfloat16 sums a quarter."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_512_chunks_are_as_good_as_one(signal):
     for dy_CM, x_CN in zip(dy.chunk(CHUNKS), x.chunk(CHUNKS), strict=True):
         naive += (dy_CM.float().T @ x_CN.float()).bfloat16()
     lost = relative_l2(naive, truth)
-    assert lost > 0.16, f"bfloat16 sums err by {lost:.3f} only: the case shows nothing"
+    assert lost > 0.2, f"bfloat16 sums err by {lost:.3f} only: the case shows nothing"
 
     weight, bias = torch.empty(M, N).bfloat16(), torch.empty(M).bfloat16()
     found = []
@@ -62,6 +62,8 @@ def test_float64_stays_float64(signal):
     chunked(dy, x, grads)
     found = grads.deliver("weight")
     assert found.dtype == torch.float64 and relative_l2(found, dy.T @ x) < 1e-14
+    with pytest.raises(KeyError, match="weight"):
+        grads.deliver("weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
