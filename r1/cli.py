@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         if os.environ.get("R1_DEBUG"):
             traceback.print_exc()
         print(f"r1: error: {_describe(error)}", file=sys.stderr)

@@ -68,3 +68,8 @@ def apply_liger(module: PreTrainedModel, wanted: str, device: torch.device) -> s
     modeling.update({name: value for name, value in replaced.items() if isinstance(value, type)})
     _originals[modeling["__name__"]] = replaced
     return "RMSNorm, RoPE" + (", SwiGLU" if swiglu else "")
+
+
+def told(found: dict[str, str]) -> str:
+    """A line for the log."""
+    return "kernels: " + "; ".join(f"{name}: {text}" for name, text in found.items())

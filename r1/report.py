@@ -54,7 +54,7 @@ def _summary(rows: list[dict], config: dict, facts: dict) -> str:
     way = ways.get("mode", "")
     if way in ways.get("predicted_bytes", {}):
         peak = ways["predicted_bytes"][way] / 2**20
-        way += f", predicted peak {peak:,.0f} MiB for {ways['tokens']:,} tokens"
+        way += f", tensors of {peak:,.0f} MiB predicted for {ways['tokens']:,} tokens"
     steps = series(rows, "time/step")[1]
     parity = series(rows, "parity/max")[1]
     lines = [

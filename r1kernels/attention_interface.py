@@ -81,7 +81,8 @@ def _attention(
     Lk = key.shape[2]
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if cast and query.dtype != torch.float64:
         packed = [x.to(torch.get_autocast_dtype(device)) for x in packed]
     if layout is not None:
         for wrong, said in (

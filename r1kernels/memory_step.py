@@ -3,14 +3,16 @@
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
+from r1kernels.attention_parts import HEAD_WORKSPACE
+from r1kernels.layer_chunks import KEYS_PER_QUERY, MIN_KEYS
 from r1kernels.memory_events import Account, Gradients, Layer
 
 # Of a token beside what the model makes of it: ids, positions, targets and the loss's streams.
 INPUT_BYTES = 64
 # Columns of the vocabulary that the CPU's head widens at a time.
 SLICE_V = 2048
-# What `attention_parts` lets a backward's own tensors take.
-HEAD_WORKSPACE = {"cpu": 2**28, "cuda": 2**29}
 
 
 class Optimizer(NamedTuple):
@@ -176,13 +178,21 @@ def _chunk_backward(chunk: Layer, device: str) -> int:
     wide_x, wide_q = (4 * chunk.rows * width for width in (shape.hidden, shape.query_width))
     # normed rows, queries before and after rotation, attention's output, the sum after it
     kept = 3 * q + 2 * x
-    # Heads go in turns where gradients expanded to query heads are large.
-    expanded = wide_q + 8 * chunk.keys * shape.query_width
+    mlp = 2 * x + 3 * chunk.m
+    if chunk.rows < chunk.keys:
+        # gradients of the chunk before, until this one's take their names
+        kept += x + 2 * wide_q + 4 * chunk.rows * shape.kv_width
+        mlp += x + wide_x
+    # Keys go a few at a time, and heads in turns where their gradients, expanded, are large.
+    keys = min(chunk.keys, max(MIN_KEYS, KEYS_PER_QUERY * chunk.rows))
+    expanded = wide_q + 8 * keys * shape.query_width
     turn = min(expanded, max(HEAD_WORKSPACE[device], expanded // shape.kv_heads))
     attention = wide_x + x + q + wide_q + turn
-    mlp = 2 * x + 3 * chunk.m
+    if device == "cpu":
+        # each thread's tiles of scores and of their gradients in torch's kernel
+        attention += 8 * torch.get_num_threads() * min(32, chunk.rows) * min(512, keys)
     if device == "cpu" and chunk.half:
         # products in float32 of operands that are widened
-        attention += 3 * wide_q + 8 * chunk.keys * shape.kv_width
+        attention += 3 * wide_q + 8 * keys * shape.kv_width
         mlp += wide_x + 4 * chunk.rows * shape.intermediate
     return kept + max(mlp, 6 * wide_x, attention)

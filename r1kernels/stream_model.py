@@ -66,6 +66,20 @@ def stream_model(
     return StreamModel(model, chunk_size, store, save_attention)
 
 
+def position_limit(config: object) -> float:
+    """Positions that a model's rotary embedding is made for.
+
+    max_position_embeddings, or what a scaled embedding (YaRN and others) says it reaches: its
+    factor is often added to a configuration that keeps the old limit.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or float("inf")
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if isinstance(scaling.get("factor"), int | float):
+        original = scaling.get("original_max_position_embeddings") or limit
+        limit = max(limit, original * scaling["factor"])
+    return limit
+
+
 class StreamModel(nn.Module):
     """What `stream_model` returns."""
 
@@ -139,7 +153,7 @@ class StreamModel(nn.Module):
 
     def _positions(self, base, input_ids, position_ids, offsets) -> Tensor:
         T, device = input_ids.numel(), input_ids.device
-        limit = getattr(base.config, "max_position_embeddings", None) or 2**31
+        limit = position_limit(base.config)
         if position_ids is None:
             longest = max((stop - start for start, stop in pairwise(offsets)), default=0)
             positions_T = positions_of(torch.tensor(offsets, device=device), T)
@@ -155,7 +169,7 @@ class StreamModel(nn.Module):
         if longest > limit:
             raise ValueError(
                 f"a sequence reaches {longest} positions, the model's rotary embedding "
-                f"(max_position_embeddings) {limit}: extend it first, for instance with YaRN"
+                f"(max_position_embeddings) {limit:.0f}: extend it first, for instance with YaRN"
             )
         return positions_T
 

@@ -17,7 +17,7 @@ LAYERS = {
         "objective packing rows reference sampling policy_inputs policy_terms padded_chunk",
         "attention_kernels shared_prefixes",
         "attention_parts",
-        "shards head_contract balance memory_events memory_step",
+        "shards head_contract balance memory_events",
         "chunked_head",
         "_native _triton _cuda",
         "head_inputs forward_gradients linear_logp_ops linear_policy_loss_ops kept_logp",
@@ -30,7 +30,7 @@ LAYERS = {
         "layer_chunks",
         "stream_layer",
         "stream_model",
-        "patch memory",
+        "patch memory memory_step",
         "__init__ __main__",
     ],
     "r1": [

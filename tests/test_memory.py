@@ -89,8 +89,8 @@ def test_within_five_percent_of_what_is_allocated(models, name, dtype, mode):
 
 
 @pytest.mark.parametrize("chunk_size", [32, 128])
-def test_streamed_layers_within_an_eighth(chunk_size):
-    """Transients of a chunk are estimated, and large beside a model as small as this."""
+def test_streamed_layers_within_five_percent(chunk_size):
+    """On a model so small that the transients of a chunk are up to a third of everything."""
     import transformers as t
 
     config = t.Qwen2Config(
@@ -118,7 +118,7 @@ def test_streamed_layers_within_an_eighth(chunk_size):
             optimizer="none", accumulate=False, device="cpu", chunk_size=chunk_size,
         )  # fmt: skip
         predicted = found.device - found.parts["weights"]
-        assert predicted == pytest.approx(measured, rel=0.125), (tokens, found.parts)
+        assert predicted == pytest.approx(measured, rel=0.05), (tokens, found.parts)
 
 
 @pytest.mark.parametrize(

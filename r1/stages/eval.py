@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from r1 import chat, checkpoint, metrics, model, rollout, tasks
+from r1 import chat, checkpoint, kernels, metrics, model, rollout, tasks
 from r1.config import Config
 from r1.metrics import RunLog, Timer
 from r1.stages import Result
@@ -26,6 +26,7 @@ def run(config: Config, folder: Path) -> Result:
                 folder, step=-1, total=0, tensorboard=config.run.tensorboard, title=config.run.name
             )
         )
+        log.say(kernels.told(lm.kernels))
         log.say(task.describe())
         evaluator = Evaluator(config, task, config.eval.split, rendered, log)
         stack.callback(evaluator.close)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from r1 import chat, checkpoint, long, model, rundir
+from r1 import chat, checkpoint, kernels, long, model, rundir
 from r1.config import Config, Optim, to_dict
 from r1.metrics import RunLog, Timer
 from r1.model import CausalLM
@@ -78,9 +78,7 @@ class Session:
             seed=config.run.seed,
             template=self.template,
         )
-        self.log.say(
-            "kernels: " + "; ".join(f"{name}: {text}" for name, text in self.model.kernels.items())
-        )
+        self.log.say(kernels.told(self.model.kernels))
         self._choose_long(budget, reference=bool(objective and objective.kl_coef))
         self.trainer = Trainer(
             self.model,

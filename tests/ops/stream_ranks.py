@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from r1kernels.stream_model import stream_model
@@ -38,6 +40,18 @@ def loss(trained, stream, rank: int) -> torch.Tensor:
     return (hidden * dhidden).sum() + (hidden @ trained.lm_head.weight.T).square().mean()
 
 
+def refused(trained) -> str:
+    """What a weight in shards is answered with."""
+    projection = trained.model.layers[1].mlp.up_proj
+    mesh = init_device_mesh("cpu", (RANKS,))
+    projection.weight = torch.nn.Parameter(distribute_tensor(projection.weight.detach(), mesh))
+    try:
+        stream_model(trained)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -50,7 +64,7 @@ def run(rank: int, folder: str) -> None:
     stream = DistributedDataParallel(stream_model(trained, chunk_size=16))
     loss(trained, stream, rank).backward()
     grads = {name: x.grad for name, x in trained.named_parameters()}
-    torch.save((grads, dict(fired)), f"{folder}/{rank}.pt")
+    torch.save((grads, dict(fired), refused(trained)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

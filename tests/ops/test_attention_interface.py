@@ -164,6 +164,16 @@ def test_positions_without_a_version_are_read_as_well():
         assert not torch.equal(model(ids, position_ids=positions).logits, expected)
 
 
+def test_autocast_leaves_float64_and_devices_without_it_alone():
+    model, ids = build("Llama", "r1kernels"), tokens(1, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(ids).logits.dtype == torch.float64
+        assert model.float()(ids).logits.dtype == torch.bfloat16
+    call = {"cu_seq_lens_q": torch.tensor([0, 6]), "position_ids": torch.arange(6)[None]}
+    call = {name: x.to("meta") for name, x in call.items()}
+    assert model.to("meta")(ids.to("meta"), **call).logits.shape == (1, 6, 64)
+
+
 def test_compiled_with_offsets():
     model = build("Llama", "r1kernels", num_hidden_layers=1)
     ids = tokens(1, sum(LENGTHS))

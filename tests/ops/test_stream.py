@@ -279,7 +279,8 @@ def test_data_parallel(tmp_path):
         for rank in range(stream_ranks.RANKS)
     ]
     expected = gradients(alone, sum(losses) / len(losses))
-    for grads, fired in ranks:
+    for grads, fired, refused in ranks:
+        assert refused.startswith("model.layers.1.mlp.up_proj.weight is a DTensor")
         assert fired == dict.fromkeys(expected, 1)
         for name, x in expected.items():
             assert relative_l2(grads[name], x) < 1e-5, name
@@ -392,6 +393,7 @@ def test_layer_inputs_in_host_memory(tokens, monkeypatch):
         ("Gemma2", {}, r"model.embed_tokens \(Gemma2TextScaled.*is no plain embedding"),
         ("Olmo2", {}, r"model.layers.0 \(Olmo2DecoderLayer\).*has no input_layernorm"),
         ("Qwen3Moe", {}, r"model.layers.0.mlp \(Qwen3Moe\w+\).*has no"),
+        ("SmolLM3", {"layers": 2, "no_rope_layers": [1, 0]}, r"layers.1 \(SmolLM3D\w+\).*differs"),
         ("Granite", {"residual_multiplier": 0.5}, r"layers.0 \(GraniteDecoderLayer\).*differs"),
         ("Granite", {"embedding_multiplier": 3.0}, r"\(GraniteModel\): its hidden states differ"),
         ("Llama", {"hidden_act": "relu"}, r"model.layers.0.mlp \(LlamaMLP\).*activation"),
@@ -400,7 +402,7 @@ def test_layer_inputs_in_host_memory(tokens, monkeypatch):
 )
 def test_models_of_another_form_are_refused(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        stream_model(build(kind, layers=1, **options))
+        stream_model(build(kind, **({"layers": 1} | options)))
 
 
 def test_layers_of_another_form_are_refused():
@@ -548,6 +550,16 @@ def test_calls_that_are_refused(tokens):
     dropped = adapt(build("Llama", layers=1), dropout=0.1).train()
     with pytest.raises(ValueError, match=r"q_proj has an adapter 'default' with dropout 0.1"):
         stream_model(dropped)
+
+
+def test_the_limit_of_a_scaled_rotary_embedding(tokens):
+    scaling = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 24}
+    model = build("Qwen2", max_position_embeddings=24, rope_parameters=scaling)
+    hidden = stream_model(model, chunk_size=16)(tokens)
+    expected = plain(model, tokens, torch.tensor([0, TOKENS]))
+    assert relative_l2(hidden, expected) < 1e-5
+    with pytest.raises(ValueError, match="reaches 73 positions"):
+        stream_model(model)(tokens.repeat(2)[:73])
 
 
 def test_default_chunk_size():

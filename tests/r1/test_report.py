@@ -77,7 +77,7 @@ def test_report(tmp_path):
     page = report.write(fake_run(tmp_path / "toy-rl"))
     text = page.read_text()
     assert "| held-out pass@1 | 0.350 -> 0.946 |" in text
-    assert "| hidden states | stream, predicted peak 3 MiB for 2,048 tokens |" in text
+    assert "| hidden states | stream, tensors of 3 MiB predicted for 2,048 tokens |" in text
     assert "| Liger | none: no GPU |" in text
     assert "| sampler | vllm |" in text and "| torch | 2.13.0 |" in text
     assert "| rollout | 61 | 0.900 | 54.9 |" in text
