@@ -128,6 +128,10 @@ def _stage(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.dumps(settings), end="")
         return 0
+    if getattr(options, "gpu", None) is not None and not (options.dry_run and options.gpu > 0):
+        raise ValueError(
+            "--gpu GIB goes with --dry-run and is more than 0: a run has the GPU it has"
+        )
     if getattr(options, "dry_run", False):
         from r1.stages import dry_run
 

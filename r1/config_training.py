@@ -53,7 +53,7 @@ class Long:
     """Inputs of layers kept on the GPU, in GiB; the others wait in pinned host memory. None keeps
     all there."""
     save_attention: bool = False
-    """checkpoint: keep the attention's output too, which is then not computed twice."""
+    """checkpoint, stream: keep the attention's output too, which is then not computed twice."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "chunk_size")

@@ -11,6 +11,7 @@ import torch
 from r1 import chat, folders, toy
 from r1kernels.memory import MODES, PeakBytes, peak_bytes
 from r1kernels.model_shape import NAMED, ModelShape
+from r1kernels.pinned_pool import available_host_bytes
 from r1kernels.stream_model import default_chunk_size
 
 if TYPE_CHECKING:
@@ -131,7 +132,10 @@ def choose(
     except ValueError as error:
         mode = "checkpoint" if settings.mode == "auto" else settings.mode
         return Choice(mode, f"its peak is not predicted: {error}", True, tokens, budget, {})
-    copy = shape.params * torch.finfo(getattr(torch, kind)).bits // 8 * reference
+    itemsize = torch.finfo(getattr(torch, kind)).bits // 8
+    copy = shape.params * itemsize * reference
+    # attention's output and float32 log-sum-exp of a layer
+    saved = tokens * (shape.query_width * itemsize + 4 * shape.heads) * settings.save_attention
     kept = int((settings.device_gib or 0) * GIB)
     peaks = {}
     for name in MODES:
@@ -149,8 +153,12 @@ def choose(
                 fused_layers=fused_layers and way != "stream",
                 chunk_size=settings.chunk_size or default_chunk_size(shape.hidden),
             )
-            extra = copy + (kept if offload else 0)
-            peaks[name] = peak._replace(device=peak.device + extra)
+            extra, host = copy + (kept if offload else 0), peak.host
+            if way != "plain":
+                # with an offload those of the layer that runs and of the one before
+                extra += saved * (min(2, shape.layers) if offload else shape.layers)
+                host += saved * shape.layers if offload else 0
+            peaks[name] = peak._replace(device=peak.device + extra, host=host)
     fitting = [
         name
         for name, peak in peaks.items()
@@ -172,15 +180,7 @@ def choose(
 
 
 def _free_host_bytes() -> int:
-    """Memory that this process may still take: of the machine, and of its control group."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        free = int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text()) != "max\n":
-        # files in the page cache are counted there and given back when needed
-        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(fields["inactive_file"])
-        free = min(free, int(limit) - used)
-    return free
+    """Memory that this process may still take; off Linux all that the machine has."""
+    if Path("/proc/meminfo").exists():
+        return available_host_bytes()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -122,6 +122,17 @@ def test_what_else_decides_the_mode():
     assert gib("plain", fused_layers=True) < gib("plain")
     # what may stay on the GPU is added to the mode that moves the rest
     assert gib("stream+offload", "long.device_gib=3") == pytest.approx(gib("stream+offload") + 3)
+    # attention's output, as wide as a layer's input here, and the log-sum-exp of its 12 heads
+    saving, shape = "long.save_attention=true", NAMED["qwen2.5-1.5b"]
+    saved = 34816 * (2 * 1536 + 4 * 12) / GIB
+    assert gib("plain", saving) == gib("plain")
+    assert gib("stream", saving) == pytest.approx(gib("stream") + 28 * saved)
+    assert gib("stream+offload", saving) == pytest.approx(gib("stream+offload") + 2 * saved)
+    host = [
+        long.choose(settings(*more), shape, Budget(GIB, GIB)).peaks["checkpoint+offload"].host
+        for more in ([saving], [])
+    ]
+    assert (host[0] - host[1]) / GIB == pytest.approx(28 * saved)
     with pytest.raises(KeyError, match="checkpoint"):
         gib("checkpoint", "long.device_gib=3")
     with pytest.raises(KeyError, match="plain"):
@@ -226,3 +237,6 @@ def test_a_dry_run_needs_no_weights(questions, capsys):
     assert "nothing fits" not in table
     assert main([*arguments[:-1], "20", f"task.path={questions}"]) == 2
     assert "memory     FAILED nothing fits: stream+offload" in capsys.readouterr().out
+    for wrong in (["--gpu", "80"], ["--dry-run", "--gpu", "0"]):
+        assert main([*arguments[:2], *wrong, f"task.path={questions}"]) == 2
+        assert "--gpu GIB goes with --dry-run" in capsys.readouterr().err
