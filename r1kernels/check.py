@@ -61,9 +61,8 @@ def low_rank(
 ) -> tuple[Tensor, Tensor, float]:
     """(A [R, inputs], B [outputs, R], scale) of a low-rank term, in like's dtype or float32."""
     if not isinstance(lora, tuple) or len(lora) != 3:
-        raise TypeError(
-            f"{name} must be (A [R, {inputs}], B [{outputs}, R], scale), got {describe(lora)}"
-        )
+        got = f"a tuple of {len(lora)}" if isinstance(lora, tuple) else describe(lora)
+        raise TypeError(f"{name} must be (A [R, {inputs}], B [{outputs}, R], scale), got {got}")
     down, up, scale = lora
     for title, x in ((f"{name}'s A", down), (f"{name}'s B", up)):
         local(title, x)

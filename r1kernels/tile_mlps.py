@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from r1kernels.check import describe
 from r1kernels.projection import Projection, linear_parts, projection, refuse_hooks
-from r1kernels.tiled_mlp import Mlp, autocast_rows, run_mlp
+from r1kernels.tiled_mlp import Mlp, autocast_rows, check_tile_rows, run_mlp
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Classes of transformers whose forward is down(act(gate(x)) * up(x)) and nothing else.
@@ -72,10 +72,11 @@ def tile_mlps(model: nn.Module, tile_rows: int | None = None) -> TiledMlps:
 
     Raises: ValueError, naming the module, on an MLP of another kind, on one that already has a
         forward of its own or hooks on its projections, on a model without any. Nothing is then
-        changed. TypeError on what is no module.
+        changed. TypeError on what is no module; on tile_rows what `tiled_mlp` raises.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+    check_tile_rows(tile_rows)
     modules = {name: module for name, module in model.named_modules() if _is_mlp(name, module)}
     if not modules:
         raise ValueError(

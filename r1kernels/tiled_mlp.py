@@ -113,12 +113,16 @@ def autocast_rows(x: object) -> Tensor:
 def run_mlp(x: Tensor, mlp: Mlp, tile_rows: int | None) -> Tensor:
     """`tiled_mlp` of checked projections."""
     choice("activation", mlp.activation, ACTIVATIONS)
+    check_tile_rows(tile_rows)
+    scales = (p.scale for p in mlp[:3])
+    return tiled_mlp_fwd(x, *mlp.tensors.values(), *scales, mlp.activation, tile_rows)
+
+
+def check_tile_rows(tile_rows: object) -> None:
     if tile_rows is not None and (isinstance(tile_rows, bool) or not isinstance(tile_rows, int)):
         raise TypeError(f"tile_rows must be an int, got {describe(tile_rows)}")
     if tile_rows is not None and tile_rows < 1:
         raise ValueError(f"tile_rows must be at least 1, got {tile_rows}")
-    scales = (p.scale for p in mlp[:3])
-    return tiled_mlp_fwd(x, *mlp.tensors.values(), *scales, mlp.activation, tile_rows)
 
 
 def mlp_chunk(

@@ -225,3 +225,7 @@ def test_unknown_models_are_refused():
         tile_mlps(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         tile_mlps("qwen")
+    model = tiny("Qwen2")
+    with pytest.raises(ValueError, match="tile_rows must be at least 1, got 0"):
+        tile_mlps(model, tile_rows=0)
+    assert "forward" not in vars(model.model.layers[0].mlp)

@@ -271,6 +271,13 @@ def test_bad_input(change, error, match):
         ours(given, **options)
 
 
+def test_a_low_rank_term_without_its_scale():
+    weights = (GIVEN[f"{name}_weight"] for name in PARTS)
+    term = GIVEN["gate_a"], GIVEN["gate_b"]
+    with pytest.raises(TypeError, match=r"gate_lora must be \(A .*, scale\), got a tuple of 2$"):
+        tiled_mlp(GIVEN["x"], *weights, gate_lora=term)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two ranks found (`mlp_ranks`), in rank order."""
