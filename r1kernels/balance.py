@@ -1,6 +1,7 @@
 """Sequences in micro-batches that fit, and over ranks that finish together."""
 
 import heapq
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,7 @@ def pack_by_budget(
     the same bins on every machine.
 
     Args:
-        lengths: tokens of each sequence.
+        lengths: tokens of each sequence, integers.
         max_tokens: of a bin.
         max_bytes: predicted peak of a bin, too; with bytes_of.
         bytes_of: peak bytes of so many packed tokens, never falling: for one,
@@ -32,7 +33,7 @@ def pack_by_budget(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: expected a positive number of tokens, got {max_tokens}")
-    _check_lengths(lengths)
+    lengths = _whole(lengths)
     if (max_bytes is None) != (bytes_of is None):
         raise ValueError("max_bytes and bytes_of belong together: give both or neither")
     if max_bytes is not None and lengths:
@@ -87,7 +88,7 @@ def balance(
     """
     if ranks < 1:
         raise ValueError(f"ranks: expected a positive number, got {ranks}")
-    _check_lengths(lengths)
+    lengths = _whole(lengths)
     costs = [shape.cost(length) for length in lengths]
     parts = _differencing(costs, ranks, equal_size)
     _refine(parts, costs, equal_size)
@@ -96,14 +97,18 @@ def balance(
 
 def imbalance(parts: Sequence[Sequence[int]], lengths: Sequence[int], shape: ModelShape) -> float:
     """By how much the most loaded part exceeds the mean: 0.02 is 2%."""
+    lengths = _whole(lengths)
     loads = [sum(shape.cost(lengths[index]) for index in part) for part in parts]
     return max(loads) * len(loads) / sum(loads) - 1 if sum(loads) else 0.0
 
 
-def _check_lengths(lengths: Sequence[int]) -> None:
-    for index, length in enumerate(lengths):
+def _whole(lengths: Sequence[int]) -> list[int]:
+    """As Python's integers: the square of an array's int32 would wrap."""
+    found = list(map(operator.index, lengths))
+    for at, length in enumerate(found):
         if length < 0:
-            raise ValueError(f"lengths[{index}]: expected 0 or more tokens, got {length}")
+            raise ValueError(f"lengths[{at}]: expected 0 or more tokens, got {length}")
+    return found
 
 
 def _differencing(costs: list[int], ranks: int, equal_size: bool) -> list[list[int]]:

@@ -10,6 +10,7 @@ model. Sizes are bytes; GB are 10^9 bytes.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -91,7 +92,7 @@ def peak_bytes(
         workspace_mb: of the head; None: the default of `linear_logp`.
         slack: bytes added on top; None: SLACK.
 
-    Raises: ValueError on tokens below 1 and on names that are not known.
+    Raises: ValueError on tokens and other counts below 1, and on names that are not known.
     """
     for name, value, known in (
         ("mode", mode, MODES),
@@ -107,9 +108,13 @@ def peak_bytes(
         ("tokens", tokens),
         ("chunk_size", chunk_size),
         ("head_groups", head_groups),
+        ("workspace_mb", 1 if workspace_mb is None else workspace_mb),
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}")
+    for name, value in (("mlp_rows", mlp_rows), ("slack", slack or 0)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value!r}")
     layer = Layer(
         shape, tokens, tokens, ITEMSIZE[dtype], fused_layers, mlp_rows,
         attention or ATTENTION[device], head_groups,
@@ -179,8 +184,10 @@ def _report(given: argparse.Namespace) -> dict:
     shape = shape_of(given.model)
     for name in ("gpu", "host", "tflops", "sequences"):
         value = getattr(given, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name} must be positive, got {value:g}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be positive and finite, got {value:g}")
+    if given.slack is not None and not math.isfinite(given.slack):
+        raise ValueError(f"--slack must be finite, got {given.slack:g}")
     limits = [None if x is None else int(x * GB) for x in (given.gpu, given.host)]
     modes = {}
     for mode in [given.mode] if given.mode else MODES:

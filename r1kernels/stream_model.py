@@ -107,8 +107,8 @@ class StreamModel(nn.Module):
         Args:
             input_ids: int64 [T], or [1, T] as transformers has packed batches.
             position_ids: int64, like input_ids; None: from 0 in every sequence.
-            cu_seqlens: int32 or int64 [B + 1] on any device; None for one sequence. Read on the
-                host, once.
+            cu_seqlens: int32 or int64 [B + 1] on any device; None for one sequence, whose
+                positions rise by one. Read on the host, once.
 
         Returns:
             [T, D] in the model's dtype.
@@ -130,7 +130,9 @@ class StreamModel(nn.Module):
                 "and it would not be called: call stream_model again"
             )
         offsets = host_offsets(cu_seqlens, T)
-        positions_T = self._positions(base, input_ids, position_ids, offsets)
+        positions_T = self._positions(
+            base, input_ids, position_ids, offsets, guess=cu_seqlens is None
+        )
         hidden_TD = base.embed_tokens(input_ids.view(T))
         # A rank without tokens takes part all the same: its gradients are zeros.
         turned_T = positions_T if T else positions_T.new_zeros(1)
@@ -151,7 +153,7 @@ class StreamModel(nn.Module):
         final = norm(base.norm, f"{name}.norm".lstrip("."))
         return _StreamNorm.apply(hidden_TD, final, self.chunk_size, final.weight)
 
-    def _positions(self, base, input_ids, position_ids, offsets) -> Tensor:
+    def _positions(self, base, input_ids, position_ids, offsets, guess: bool) -> Tensor:
         T, device = input_ids.numel(), input_ids.device
         limit = position_limit(base.config)
         if position_ids is None:
@@ -162,9 +164,11 @@ class StreamModel(nn.Module):
             check.shape("position_ids", position_ids, input_ids.shape, "that of input_ids")
             positions_T = position_ids.reshape(T)
             longest = int(positions_T.max()) + 1 if T else 0
-            if len(offsets) == 2 and bool((positions_T.diff() < 0).any()):
+            # transformers starts a new sequence there
+            if guess and bool((positions_T.diff() != 1).any()):
                 raise ValueError(
-                    "position_ids start anew within a sequence: pass the boundaries as cu_seqlens"
+                    "position_ids do not rise by one: pass the boundaries as cu_seqlens, [0, T] "
+                    "if all is one sequence"
                 )
         if longest > limit:
             raise ValueError(

@@ -154,6 +154,19 @@ def test_any_number_of_sequences(equal_size):
     assert math.isclose(imbalance([[0], []], [5], SMALL), 1.0)
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_lengths_of_32_bits_do_not_wrap(kind):
+    lengths = [100_000, 90_000, 3, 4, 80_000]
+    library = pytest.importorskip(kind)
+    narrow = library.asarray(lengths, dtype=library.int32)
+    shape, bytes_of = NAMED["qwen2.5-7b"], lambda tokens: 10**6 * tokens
+    parts = balance(lengths, 2, shape)
+    assert balance(narrow, 2, shape) == parts
+    assert imbalance(parts, narrow, shape) == imbalance(parts, lengths, shape)
+    bins = pack_by_budget(narrow, 100_004, max_bytes=10**12, bytes_of=bytes_of)
+    assert bins == pack_by_budget(lengths, 100_004)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -165,6 +178,7 @@ def test_any_number_of_sequences(equal_size):
             ValueError,
             r"lengths\[1\]: 2000 tokens are predicted to take 2.00 GB, more than .* 1.00 GB",
         ),
+        (lambda: pack_by_budget([2.5], 9), TypeError, "'float' object cannot be interpreted"),
         (lambda: balance([1], 0, SMALL), ValueError, "ranks: expected a positive"),
         (lambda: balance([-4], 2, SMALL), ValueError, r"lengths\[0\]"),
         (lambda: shape_of("qwen9"), ValueError, "unknown model 'qwen9': .*qwen2.5-7b"),

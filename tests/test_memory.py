@@ -229,6 +229,9 @@ def test_command_line(capsys, tmp_path):
         ),
         (["--model", "gpt9", "--tokens", "5"], "unknown model 'gpt9'"),
         ([*ARGUMENTS, "--gpu", "-1"], "--gpu must be positive"),
+        ([*ARGUMENTS, "--gpu", "inf"], "--gpu must be positive and finite, got inf"),
+        ([*ARGUMENTS, "--host", "nan"], "--host must be positive and finite, got nan"),
+        ([*ARGUMENTS, "--slack", "inf"], "--slack must be finite, got inf"),
         (["--model", "qwen2.5-7b", "--tokens", "0"], "tokens must be at least 1, got 0"),
     ):
         with pytest.raises(SystemExit):
@@ -246,6 +249,9 @@ def test_command_line(capsys, tmp_path):
         ({"attention": "eager"}, "attention must be one of flash2"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"workspace_mb": 0}, "workspace_mb must be at least 1, got 0"),
+        ({"mlp_rows": -1}, "mlp_rows must not be negative, got -1"),
+        ({"slack": -1}, "slack must not be negative, got -1"),
     ],
 )
 def test_bad_input_is_named(options, message):

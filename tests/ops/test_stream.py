@@ -528,8 +528,10 @@ def test_calls_that_are_refused(tokens):
         stream(tokens)
     with pytest.raises(ValueError, match="reaches 25 positions"):
         stream(tokens[:5], torch.arange(20, 25))
-    with pytest.raises(ValueError, match="pass the boundaries as cu_seqlens"):
-        stream(tokens[:5], torch.tensor([0, 1, 2, 0, 1]))
+    for positions in ([0, 1, 2, 0, 1], [0, 0, 0, 0, 0], [3, 4, 7, 8, 9]):
+        with pytest.raises(ValueError, match="pass the boundaries as cu_seqlens"):
+            stream(tokens[:5], torch.tensor(positions))
+        stream(tokens[:5], torch.tensor(positions), torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="must not decrease"):
         stream(tokens, cu_seqlens=torch.tensor([0, 9, 7, TOKENS]))
     with pytest.raises(ValueError, match="packed"):
