@@ -214,8 +214,8 @@ def load(
         template: chat template of the embedded model's tokenizer.
 
     Raises: FileNotFoundError for a folder that is not there; ValueError for a model that is not a
-        causal language model, has no end-of-sequence token, or whose layers or head have a form
-        that is not supported.
+        causal language model, has no end-of-sequence token, has dropout in its attention, or
+        whose layers or head have a form that is not supported.
     """
     attention.register()
     dtype = getattr(torch, config.dtype)
@@ -261,6 +261,12 @@ def _load_folder(config: Model, dtype: torch.dtype) -> CausalLM:
 def _check(lm: CausalLM, path: str) -> None:
     if lm.tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path!r} has no end-of-sequence token")
+    if dropout := getattr(lm.text_config, "attention_dropout", None):
+        # old and new log-probabilities have to be those of one function
+        raise ValueError(
+            f"model.path {path!r}: attention_dropout is {dropout}, which is not supported: set it "
+            "to 0 in its config.json"
+        )
     # spread over the vocabulary: the first tokens may be special, with embeddings of zero
     tokens_T = torch.arange(1, 5, device=lm.device) * (lm.text_config.vocab_size // 5)
     plan = attention.PackedPlan([4], lm.device)

@@ -220,6 +220,14 @@ def test_tokenizer_without_eos_is_refused(tmp_path):
         load(Model(path=str(tmp_path), dtype="float32"))
 
 
+def test_attention_dropout_is_refused(tmp_path):
+    lm = load(TOY)
+    lm.module.config.attention_dropout = 0.1
+    lm.save(tmp_path)
+    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
+        load(Model(path=str(tmp_path), dtype="float32"))
+
+
 def test_unsupported_head_is_refused(pair, tmp_path, monkeypatch):
     _, lm = pair
     lm.save(tmp_path)
