@@ -10,7 +10,7 @@ import torch
 
 from r1 import chat, folders, toy
 from r1kernels.memory import MODES, PeakBytes, peak_bytes
-from r1kernels.model_shape import NAMED, ModelShape
+from r1kernels.model_shape import NAMED, ModelShape, position_limit
 from r1kernels.pinned_pool import available_host_bytes
 from r1kernels.stream_model import default_chunk_size
 
@@ -125,7 +125,7 @@ def choose(
     """
     settings, kind = config.long, config.model.dtype
     on = "cuda" if budget.host else "cpu"
-    limit = getattr(sizes, "max_position_embeddings", getattr(sizes, "max_positions", None))
+    limit = getattr(sizes, "max_positions", None) or position_limit(sizes)
     tokens = pack_tokens(config, limit or 2**31)
     try:
         shape = sizes if isinstance(sizes, ModelShape) else ModelShape.from_config(sizes)

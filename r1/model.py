@@ -16,6 +16,7 @@ from torch import Tensor
 from r1 import attention, folders, kernels, toy
 from r1.folders import load_tokenizer
 from r1kernels.host_store import HostStore
+from r1kernels.model_shape import position_limit
 from r1kernels.offloaded_checkpoint import checkpoint_layers
 from r1kernels.shared_prefixes import SharedPrefixes
 from r1kernels.stream_model import stream_model
@@ -120,7 +121,7 @@ class CausalLM:
     @property
     def max_length(self) -> int:
         """Longest sequence, prompt and completion together."""
-        return getattr(self.text_config, "max_position_embeddings", None) or 2**31 - 1
+        return position_limit(self.text_config) or 2**31 - 1
 
     @property
     def head(self) -> Head:

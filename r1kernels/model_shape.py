@@ -175,7 +175,7 @@ class ModelShape:
             qk_norm=qk_norm,
             window=window or None if narrow else None,
             window_layers=narrow,
-            max_positions=config.get("max_position_embeddings"),
+            max_positions=position_limit(config),
         )
 
 
@@ -211,3 +211,23 @@ def shape_of(model: object) -> ModelShape:
     if isinstance(model, str) and not os.path.exists(model):
         raise ValueError(f"unknown model {model!r}: give a path, or one of {', '.join(NAMED)}")
     return ModelShape.from_config(model)
+
+
+def position_limit(config: object) -> int | None:
+    """Positions that a model's rotary embedding is made for; None where that is unknown.
+
+    max_position_embeddings, or what a scaled embedding (YaRN and others) says it reaches: its
+    factor is often added to a configuration that keeps the old limit.
+
+    Args:
+        config: a transformers configuration, or the dictionary of a config.json.
+    """
+
+    def of(key: str) -> object:
+        return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+    limit, scaling = of("max_position_embeddings"), of("rope_parameters") or of("rope_scaling")
+    if limit and isinstance(factor := (scaling or {}).get("factor"), int | float):
+        original = scaling.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(original * factor))
+    return limit

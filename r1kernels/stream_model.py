@@ -14,6 +14,7 @@ from r1kernels import check
 from r1kernels.backend import isolated
 from r1kernels.decoder import Norm, decoder, decoder_layer, norm
 from r1kernels.decoder_parts import rms_norm, rms_norm_backward
+from r1kernels.model_shape import position_limit
 from r1kernels.packing import position_ids as positions_of
 from r1kernels.stream_layer import host_offsets, refuse_dropout, run_layer, verify_layer
 from r1kernels.weight_grads import WeightGrads
@@ -66,20 +67,6 @@ def stream_model(
     return StreamModel(model, chunk_size, store, save_attention)
 
 
-def position_limit(config: object) -> float:
-    """Positions that a model's rotary embedding is made for.
-
-    max_position_embeddings, or what a scaled embedding (YaRN and others) says it reaches: its
-    factor is often added to a configuration that keeps the old limit.
-    """
-    limit = getattr(config, "max_position_embeddings", None) or float("inf")
-    scaling = getattr(config, "rope_parameters", None) or {}
-    if isinstance(scaling.get("factor"), int | float):
-        original = scaling.get("original_max_position_embeddings") or limit
-        limit = max(limit, original * scaling["factor"])
-    return limit
-
-
 class StreamModel(nn.Module):
     """What `stream_model` returns."""
 
@@ -87,6 +74,8 @@ class StreamModel(nn.Module):
         super().__init__()
         self.model = model
         base, name = decoder(model)
+        if store is not None and not hasattr(store, "put"):
+            raise TypeError(f"store must be a HostStore, got {check.describe(store)}")
         width = base.embed_tokens.embedding_dim
         self.chunk_size = default_chunk_size(width) if chunk_size is None else chunk_size
         self.store, self.save_attention = store, save_attention
@@ -155,7 +144,7 @@ class StreamModel(nn.Module):
 
     def _positions(self, base, input_ids, position_ids, offsets, guess: bool) -> Tensor:
         T, device = input_ids.numel(), input_ids.device
-        limit = position_limit(base.config)
+        limit = position_limit(base.config) or 2**31
         if position_ids is None:
             longest = max((stop - start for start, stop in pairwise(offsets)), default=0)
             positions_T = positions_of(torch.tensor(offsets, device=device), T)
@@ -173,7 +162,7 @@ class StreamModel(nn.Module):
         if longest > limit:
             raise ValueError(
                 f"a sequence reaches {longest} positions, the model's rotary embedding "
-                f"(max_position_embeddings) {limit:.0f}: extend it first, for instance with YaRN"
+                f"(max_position_embeddings) {limit}: extend it first, for instance with YaRN"
             )
         return positions_T
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from r1kernels.balance import balance, imbalance, largest_tokens, pack_by_budget
-from r1kernels.model_shape import NAMED, ModelShape, shape_of
+from r1kernels.model_shape import NAMED, ModelShape, position_limit, shape_of
 
 SIZES = {"hidden": 48, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 16}
 SMALL = ModelShape(**SIZES, intermediate=80, vocab=97)
@@ -56,6 +56,17 @@ def test_parameters_are_those_of_the_model(models, tmp_path):
         config.save_pretrained(tmp_path)
         assert shape_of(str(tmp_path)) == shape == shape_of(tmp_path / "config.json")
         assert shape_of(json.loads((tmp_path / "config.json").read_text())) == shape
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_a_scaled_rotary_embedding_reaches_further(key):
+    """The factor is added to a configuration that keeps the old limit, or has a new one."""
+    for limit, original, reach in ((32, 32, 128), (32, None, 128), (131, 16, 131)):
+        scaling = {"factor": 4.0, "original_max_position_embeddings": original}
+        config = _config(max_position_embeddings=limit, **{key: scaling})
+        assert shape_of(config).max_positions == position_limit(config) == reach
+    assert position_limit(_config(**{key: {"factor": 4.0}})) is None
+    assert position_limit(_config(max_position_embeddings=7, **{key: {"rope_theta": 1.0}})) == 7
 
 
 def test_known_models_have_their_published_size():

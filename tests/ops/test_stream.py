@@ -540,6 +540,8 @@ def test_calls_that_are_refused(tokens):
         stream(tokens, cu_seqlens=OFFSETS)
     with pytest.raises(ValueError, match="chunk_size must be a positive integer, got 0"):
         stream_model(model, chunk_size=0)
+    with pytest.raises(TypeError, match="store must be a HostStore, got str 'cpu'"):
+        stream_model(model, store="cpu")
     hidden = stream(tokens, cu_seqlens=OFFSETS)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(hidden.sum(), list(model.parameters())[:1], create_graph=True)

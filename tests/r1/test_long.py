@@ -88,6 +88,16 @@ def test_a_mode_is_left_without_a_trace():
     assert not lm.module.is_gradient_checkpointing
 
 
+def test_a_scaled_rotary_embedding_takes_longer_sequences():
+    lm = model.load(Model(path="toy", dtype="float32", toy=TOY))
+    assert lm.max_length == 96
+    scaling = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 96}
+    lm.text_config.rope_parameters = lm.text_config.rope_parameters | scaling
+    assert lm.max_length == 288
+    choice = long.choose(settings("rl.micro_batch_tokens=1"), lm.text_config, Budget(GIB, 0))
+    assert choice.tokens == 288
+
+
 def settings(*overrides):
     return config.load(ROOT / "recipes" / "long_32k.toml", list(overrides))
 
