@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Where = Callable[[str], str]
-# keys of old files -> what took their place
-RENAMED = {"model.gradient_checkpointing": "long.mode"}
+# keys of old files -> what took their place, and with which values
+RENAMED = {"model.gradient_checkpointing": ("long.mode", "true is 'checkpoint', false 'plain'")}
 
 
 def build(cls: type, raw: Mapping[str, Any], where: Where = lambda key: "the given values") -> Any:
@@ -42,8 +42,9 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 def unknown_key(key: str, origin: str, known: list[str]) -> ValueError:
     """The error for a key no dataclass has; suggests the nearest of `known`."""
-    if RENAMED.get(key) in known:
-        return ValueError(f"unknown key {key!r} ({origin}): it is {RENAMED[key]!r} now")
+    new, values = RENAMED.get(key, ("", ""))
+    if new in known:
+        return ValueError(f"unknown key {key!r} ({origin}): it is {new!r} now, where {values}")
     section, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     near = [siblings[m] for m in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]

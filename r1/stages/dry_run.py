@@ -105,8 +105,10 @@ def _model(config: Config) -> str:
 
 def _context(config: Config) -> str:
     limit, wanted = long.shape_of(config).max_positions, long.sequence_tokens(config)
-    text = f"prompt and completion {wanted:,} tokens, the model takes {limit or 'any number':,}"
-    return text if not limit or wanted <= limit else f"{text}: longer completions are cut there"
+    text = f"prompt and completion {wanted:,} tokens, the model takes "
+    if not limit:
+        return f"{text}any number"
+    return f"{text}{limit:,}" + (": longer completions are cut there" if wanted > limit else "")
 
 
 def _memory(config: Config, gpu_gib: float | None) -> str:

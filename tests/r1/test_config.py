@@ -75,7 +75,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("run.name.x=3", ["'run.name'"]),
         ("run.name=a/b", ["run.name", "'a/b'"]),
         ('pipeline=[{stag="rl"}]', ["pipeline[0].stag", "pipeline[0].stage"]),
-        ("model.gradient_checkpointing=true", ["it is 'long.mode' now"]),
+        ("model.gradient_checkpointing=true", ["it is 'long.mode' now", "true is 'checkpoint'"]),
         ("long.mode=fast", ["long.mode", "'stream'"]),
         ("long.chunk_size=0", ["long.chunk_size", "at least 1"]),
     ],

@@ -240,6 +240,14 @@ def test_a_dry_run_needs_no_weights(questions, capsys):
     table = capsys.readouterr().out
     for text in ("FAILED", "checkpoint: ", "34,816 tokens", "10,400 optimizer steps", "1.54e9"):
         assert (text in table) == (text != "FAILED")
+    sizes = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100,
+        "num_attention_heads": 4, "intermediate_size": 128,
+    }  # fmt: skip
+    path = questions.with_name("config.json")
+    path.write_text(json.dumps(sizes))
+    assert main([*arguments, f"task.path={questions}", f"model.path={path}"]) == 0
+    assert "34,816 tokens, the model takes any number" in capsys.readouterr().out
     # what is wrong is said all at once
     assert main([*arguments, "task.path=nowhere.jsonl", "model.path=some/model"]) == 2
     table = capsys.readouterr().out
