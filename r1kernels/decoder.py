@@ -204,6 +204,8 @@ def _projection(module: nn.Module, name: str) -> Projection:
     weight, bias, low_rank = linear_parts(name, module)
     check.local(f"{name}.weight", weight)
     check.floating(f"{name}.weight", weight)
+    if weight.is_meta:
+        raise _refusal(module, name, "has its weight on no device: load it, or do not offload it")
     if type(weight) not in (Tensor, nn.Parameter):
         raise _refusal(module, name, f"has a weight of type {type(weight).__name__}")
     return Projection(weight, bias, *(low_rank or ()))

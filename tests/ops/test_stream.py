@@ -468,6 +468,9 @@ def test_what_would_be_left_out_is_refused(tokens, monkeypatch):
     projection.weight = nn.Parameter(plain_weight.detach().as_subclass(Packed))
     with pytest.raises(ValueError, match=r"up_proj \(Linear\).*has a weight of type Packed"):
         stream(tokens)
+    projection.weight = nn.Parameter(plain_weight.detach().to("meta"))
+    with pytest.raises(ValueError, match=r"up_proj \(Linear\).*its weight on no device"):
+        stream(tokens)
     projection.weight = plain_weight
     model.active_peft_config = SimpleNamespace(is_prompt_learning=True)
     with pytest.raises(ValueError, match=r"model \(LlamaForCausalLM\).*learns a prompt"):
