@@ -157,19 +157,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", type=float, help="GB of host memory that may be pinned")
     parser.add_argument("--mode", choices=MODES, help="this one only")
     parser.add_argument("--sequences", type=int, default=1, help="of equal length, for the FLOPs")
-    parser.add_argument("--dtype", choices=ITEMSIZE, default="bfloat16")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--device", choices=SLACK, default="cuda")
+    parser.add_argument(
+        "--dtype", choices=ITEMSIZE, default="bfloat16", help="of weights and activations"
+    )
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adamw",
+        help="adamw: float32 master, moments and gradients; -16bit-gradients: gradients as the "
+        "weights; -cpu: master and moments on the host; -16bit: all as the weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=SLACK, default="cuda", help="slack, attention and workspace go by it"
+    )
     parser.add_argument("--attention", choices=WORKSPACE, help="backward's workspace")
-    parser.add_argument("--head-groups", type=int, default=1)
+    parser.add_argument(
+        "--head-groups", type=int, default=1, help="of heads, in turns in attention's backward"
+    )
     parser.add_argument("--mlp-rows", type=int, default=0, help="rows of a tile of tiled_mlp")
-    parser.add_argument("--chunk-size", type=int, help="queries, in stream modes")
-    parser.add_argument("--workspace-mb", type=int, help="of the fused head")
+    parser.add_argument("--chunk-size", type=int, help="queries at a time, in stream modes")
+    parser.add_argument("--workspace-mb", type=int, help="of the fused head, in MiB")
     parser.add_argument("--stored-logits", action="store_true", help="no fused head")
     parser.add_argument("--fused-layers", action="store_true", help="Liger's norm, RoPE, SwiGLU")
     parser.add_argument("--slack", type=float, help="GB beside what is counted")
     parser.add_argument("--tflops", type=float, help="rate of the device, for a predicted time")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print bytes, FLOPs and seconds")
     given = parser.parse_args(arguments)
     try:
         report = _report(given)
