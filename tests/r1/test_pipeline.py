@@ -130,6 +130,8 @@ def r1(folder, *arguments, **environment):
         [sys.executable, "-m", "r1", *arguments],
         cwd=folder, env=os.environ | path | environment,
         capture_output=True, text=True, timeout=240,
+        # a shell starts its background jobs with SIGINT ignored, and so would be their children's
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
