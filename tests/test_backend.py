@@ -15,7 +15,7 @@ def chosen() -> str:
 
 
 def test_order_on_the_cpu():
-    pytest.importorskip("r1kernels._C")
+    pytest.importorskip("r1kernels._C", reason="needs the C++ extension")
     assert chosen() == "native"
 
 

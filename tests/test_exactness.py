@@ -9,7 +9,7 @@ from benchmarks import exactness, report
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    pytest.importorskip("r1kernels._C")
+    pytest.importorskip("r1kernels._C", reason="needs the C++ extension")
     file = tmp_path_factory.mktemp("exactness") / "exactness.jsonl"
     exactness.main(["--quick", "--threads", "1", "--json", str(file)])
     return report.load(file.parent)

@@ -199,7 +199,7 @@ def test_rows_of_a_sequence_objective_alone_and_in_several_chunks(problem):
 @pytest.mark.parametrize("bias", [0.0, 88.7])
 def test_padding_rows_add_nothing(bias):
     """exp(88.7) is past float32, and their coefficient of 0 would make that NaN."""
-    pytest.importorskip("r1kernels._C")
+    pytest.importorskip("r1kernels._C", reason="needs the C++ extension")
     hidden, weight = torch.randn(5, 8), (0.01 * torch.randn(50, 8)).requires_grad_()
     with use_backend("native"), batch_invariant():
         out = linear_logp(
@@ -215,7 +215,7 @@ def test_padding_rows_add_nothing(bias):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows(dtype):
-    pytest.importorskip("r1kernels._C")
+    pytest.importorskip("r1kernels._C", reason="needs the C++ extension")
     with use_backend("native"), batch_invariant():
         problem = Problem("native")
         problem.hidden, problem.weight, problem.bias = (
@@ -245,7 +245,7 @@ def test_rows_of_token_logp(problem):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_native_rows_do_not_depend_on_the_number_of_threads(threads):
-    pytest.importorskip("r1kernels._C")
+    pytest.importorskip("r1kernels._C", reason="needs the C++ extension")
     before = torch.get_num_threads()
     with use_backend("native"), batch_invariant():
         problem = Problem("native")
@@ -269,7 +269,7 @@ def test_results_are_as_exact_as_without(problem):
 
 
 def test_a_gemm_that_treats_rows_differently_is_refused(monkeypatch):
-    native = pytest.importorskip("r1kernels._native.linear_logp")
+    native = pytest.importorskip("r1kernels._native.linear_logp", reason="needs the C++ extension")
     product = torch.mm
 
     def careless(left, right, **more):
@@ -323,7 +323,7 @@ def test_rows_of_kept_sets(problem):
 
 
 def test_a_low_rank_term_is_refused():
-    pytest.importorskip("r1kernels._C")
+    pytest.importorskip("r1kernels._C", reason="needs the C++ extension")
     lora = torch.zeros(2, 4), torch.zeros(5, 2), 1.0
     with batch_invariant(), pytest.raises(RuntimeError, match="no low-rank term under batch_inv"):
         linear_logp(torch.zeros(1, 4), torch.zeros(5, 4), torch.tensor([0]), lora=lora)

@@ -65,7 +65,7 @@ def test_processes_agree_bitwise(backend):
 def test_native_does_not_depend_on_the_number_of_threads(threads, name, invariant):
     """Where width and vocabulary come in multiples of 64 and each thread has four rows or more, or
     the rows are padded."""
-    pytest.importorskip("r1kernels._C")
+    pytest.importorskip("r1kernels._C", reason="needs the C++ extension")
     run = calls(ALIGNED)[name]
     with use_backend("native"), batch_invariant(invariant):
         threads(1)

@@ -266,7 +266,7 @@ print((step(T) - before) * 1024)
 
 
 def test_memory_holds_neither_logits_nor_gathered_rows():
-    pytest.importorskip("r1kernels._C")
+    pytest.importorskip("r1kernels._C", reason="needs the C++ extension")
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=ROOT
     )
