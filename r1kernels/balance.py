@@ -60,9 +60,16 @@ def pack_by_budget(
 
 
 def largest_tokens(bytes_of: Callable[[int], int], max_bytes: int) -> int:
-    """Most tokens with bytes_of(tokens) <= max_bytes, where bytes_of never falls; 0 for none."""
+    """Most tokens with bytes_of(tokens) <= max_bytes, where bytes_of never falls; 0 for none.
+
+    Raises: ValueError where 2**48 tokens still fit: nothing limits them.
+    """
     high = 1
     while bytes_of(high) <= max_bytes:
+        if high >= 2**48:
+            raise ValueError(
+                f"{high} tokens still fit: give a smaller limit, or a bytes_of that grows with them"
+            )
         high *= 2
     return bisect_left(range(high), True, lo=1, key=lambda tokens: bytes_of(tokens) > max_bytes) - 1
 

@@ -123,6 +123,12 @@ def test_bins_keep_to_the_predicted_bytes():
     assert largest_tokens(bytes_of, 1006) == 0
 
 
+def test_bytes_that_nothing_limits_are_an_error():
+    for bytes_of, limit in ((lambda tokens: 5, 5), (lambda tokens: tokens, 10**300)):
+        with pytest.raises(ValueError, match="tokens still fit: give a smaller limit"):
+            largest_tokens(bytes_of, limit)
+
+
 @pytest.mark.parametrize("equal_size", [False, True])
 @pytest.mark.parametrize("ranks", [2, 8, 16])
 @pytest.mark.parametrize("name", ["qwen2.5-1.5b", "llama-3.1-8b"])

@@ -231,6 +231,7 @@ def test_command_line(capsys, tmp_path):
         ([*ARGUMENTS, "--gpu", "-1"], "--gpu must be positive"),
         ([*ARGUMENTS, "--gpu", "inf"], "--gpu must be positive and finite, got inf"),
         ([*ARGUMENTS, "--host", "nan"], "--host must be positive and finite, got nan"),
+        ([*ARGUMENTS, "--gpu", "1e200"], "tokens still fit: give a smaller limit"),
         ([*ARGUMENTS, "--slack", "inf"], "--slack must be finite, got inf"),
         (["--model", "qwen2.5-7b", "--tokens", "0"], "tokens must be at least 1, got 0"),
     ):
