@@ -109,7 +109,7 @@ def test_flash_attn_is_taken_where_it_is_installed(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_losses_and_gradients_are_as_exact_with_liger_as_without(dtype):
-    pytest.importorskip("liger_kernel")
+    pytest.importorskip("liger_kernel", reason="compares with Liger's kernels")
     tokens = torch.randint(3, 90, (200,))
     bounds = torch.tensor([0, 150, 151, 200])
     truth = load(Model(path="toy", dtype="float32"))

@@ -251,7 +251,7 @@ def test_a_killed_base_run_is_resumed_as_never_killed(finished, tmp_path):
 
 def test_the_same_with_vllm(finished, tmp_path):
     """Sampled by vLLM: weights pushed after every update, the probe passing after every sync."""
-    pytest.importorskip("vllm")
+    pytest.importorskip("vllm", reason="an optional package: the engine under test")
     folder = workplace(tmp_path / "w")
     os.symlink(finished[0] / "runs" / "tiny-base", folder / "base")
     done = r1(

@@ -51,7 +51,7 @@ def test_template_without_a_question_is_refused():
 
 
 def test_questions_are_worded_and_distributed_like_reasoning_gym():
-    reasoning_gym = pytest.importorskip("reasoning_gym")
+    reasoning_gym = pytest.importorskip("reasoning_gym", reason="compares with this package")
     dataset = reasoning_gym.create_dataset(
         "chain_sum", seed=0, size=300, min_terms=2, max_terms=4, min_digits=1, max_digits=1
     )
