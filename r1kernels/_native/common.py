@@ -10,7 +10,7 @@ except ImportError as error:
         f"the C++ extension is not built ({error}); `pip install .` with a C++ compiler builds it"
     ) from error
 
-__all__ = ["CODES", "address", "extension", "refusal"]
+__all__ = ["CODES", "address", "extension", "missing", "refusal"]
 
 # `Dtype` in csrc/cpu/kernels.hpp
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,6 +23,16 @@ def refusal(x: Tensor | None) -> str | None:
     if x.device.type != "cpu":
         return f"tensor is on {x.device.type}"
     return None if x.dtype in CODES else f"dtype {x.dtype}"
+
+
+def missing(*functions: str) -> str | None:
+    """Why an extension without these functions has to be built again, or None."""
+    if all(hasattr(extension, name) for name in functions):
+        return None
+    return (
+        f"the C++ extension was built from older sources, without {' and '.join(functions)}: "
+        "`pip install .`, or `python setup.py build_ext --inplace` in a checkout, builds it again"
+    )
 
 
 def address(x: Tensor | None) -> int:

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from r1kernels._native.common import CODES, extension, refusal
+from r1kernels._native.common import CODES, extension, missing, refusal
 from r1kernels.reference.glu import ACTIVATIONS
 
 
 def refuses(gate: Tensor | None = None, *_args: object) -> str | None:
     """Why these tensors cannot be taken, or None."""
-    return refusal(gate)
+    return missing("glu_forward", "glu_backward") or refusal(gate)
 
 
 def forward_(gate_CI: Tensor, up_CI: Tensor, activation: str) -> None:

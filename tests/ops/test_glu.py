@@ -1,11 +1,14 @@
 """The gated activation by itself: every backend and instruction set against autograd in float64."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import DEVICE
 from numerics import assert_no_worse
 
-from r1kernels.backend import implementation, load
+from r1kernels.backend import implementation, load, use_backend
 from r1kernels.reference import glu as reference
 from tests.ops.head_cases import supported
 
@@ -86,6 +89,18 @@ def test_every_instruction_set(activation):
                 assert_no_worse(x, y, z, name=f"{isa} {activation}")
     finally:
         _C.use_isa(before)
+
+
+def test_an_extension_of_older_sources_is_refused(monkeypatch):
+    if isinstance(native := load("glu", "native"), str):
+        pytest.skip(native)
+    common = importlib.import_module("r1kernels._native.common")
+    monkeypatch.setattr(common, "extension", SimpleNamespace(token_forward=None))
+    gate = torch.ones(1, 4)
+    assert implementation("glu", "cpu", gate) is reference
+    with use_backend("native"), pytest.raises(RuntimeError, match=r"without glu_forward .*pip"):
+        implementation("glu", "cpu", gate)
+    assert native.refuses() is not None
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
