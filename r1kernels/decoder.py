@@ -212,6 +212,10 @@ def _projection(module: nn.Module, name: str) -> Projection:
 
 
 def norm(module: nn.Module, name: str) -> Norm:
+    """The weight and eps of an RMS norm.
+
+    Raises: ValueError, with its name, on a module of another form.
+    """
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     own = [x for x, _ in module.named_parameters()]
     if own != ["weight"] or module.weight.ndim != 1 or not isinstance(eps, float):

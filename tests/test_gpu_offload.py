@@ -112,7 +112,7 @@ def test_inputs_are_not_on_the_device(model):
 
     theirs = measure(torch_checkpoint)
     ours = measure(partial(offloaded_checkpoint, store=HostStore()))
-    # x, the last layer's output, and beside them one input of theirs all.
+    # Theirs hold x, the last layer's output and every input; ours the first two and one input.
     assert theirs[0] >= (LAYERS + 2) * NBYTES
     assert ours[0] <= 3.1 * NBYTES
     # In the backward at most two inputs are there, that of the layer and the one before it.

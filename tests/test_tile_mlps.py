@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="the models are those of transformers")
 
 import transformers
 
@@ -157,7 +157,7 @@ def test_low_rank_adapters_by_their_layout():
 
 
 def test_low_rank_adapters_of_peft():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the adapters are those of PEFT")
     config = peft.LoraConfig(
         r=2, lora_alpha=3, target_modules=["gate_proj", "down_proj"], init_lora_weights=False
     )

@@ -93,7 +93,7 @@ def main(folder: Path) -> None:
     if child == 0:
         try:
             run(1, folder)
-        except BaseException:
+        except BaseException:  # a forked child must not go on as its parent
             sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
