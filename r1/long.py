@@ -176,6 +176,11 @@ def choose(
         why += "; " + ", ".join(f"{name} {peaks[name].device / GIB:.2f}" for name in larger)
     for name, reason in (without or {}).items():
         why += f"; {name} is out: {reason}"
+    if not fitting:
+        why += (
+            f"; that is over {USABLE[on]:.0%} of the device's memory or the host's: lower "
+            "rl.micro_batch_tokens, rollout.max_tokens or rollout.gpu_memory_utilization"
+        )
     return Choice(mode, why, bool(fitting), tokens, budget, peaks)
 
 

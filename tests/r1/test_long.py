@@ -116,10 +116,11 @@ def test_auto_takes_the_first_that_fits():
         enough = int(peaks[name].device / long.USABLE["cuda"]) + 1
         choice = long.choose(settings(), shape, Budget(enough, 2000 * GIB))
         fitting = [one for one in MODES if peaks[one].device <= peaks[name].device]
-        assert choice.fits and choice.mode == fitting[0]
+        assert choice.fits and choice.mode == fitting[0] and "lower" not in choice.why
     smallest = min(peaks, key=lambda name: peaks[name].device)
     choice = long.choose(settings(), shape, Budget(GIB, 2000 * GIB))
     assert (choice.mode, choice.fits) == (smallest, False)
+    assert "over 95% of the device's memory or the host's: lower rl.micro_batch" in choice.why
     # no room on the host for what an offload needs
     choice = long.choose(settings(), shape, Budget(int(peaks[smallest].device * 1.2), GIB))
     assert not choice.mode.endswith("offload")
