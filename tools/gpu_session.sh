@@ -13,7 +13,7 @@
 # TEST_SECONDS  limit of the tests (180); 0 leaves them out.
 set -u
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { sed -n '2,14p' tools/gpu_session.sh; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,13p' tools/gpu_session.sh; exit 2; }
 suite=${SUITE:-gpu}
 case $suite in
     gpu | longseq) ;;
