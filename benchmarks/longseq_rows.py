@@ -5,8 +5,6 @@ import statistics
 from benchmarks.gpu_rows import EMPTY_ROW, quantiles
 from r1kernels.model_shape import ModelShape
 
-MIB = 2**20
-
 
 def empty(op: str, mode: str, provider, **shape) -> dict:
     """A row with every field, of a provider that has not been run."""

@@ -2,6 +2,8 @@
 
 import functools
 import gc
+import math
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -171,6 +173,18 @@ def guarded(meter: Cpu, handler: Callable) -> Callable:
         raise Missing(reason)
 
     return answer
+
+
+def print_ratios(times: dict[str, list], peaks: dict[str, list], base: str) -> None:
+    """A table of milliseconds and MiB by provider, and of both over those of `base`."""
+    width = max(len(name) for name in times) + 3
+    print(f"{'':<{width}}{'ms':>9}{'of ' + base:>12}{'MiB':>9}{'of ' + base:>12}")
+    for name in times:
+        # Round by round against the neighbour in time, then the median.
+        ratio = statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+        mib, whole = (statistics.median(peaks[x]) for x in (name, base))
+        ms, share = statistics.median(times[name]), mib / whole if whole else math.nan
+        print(f"{name:<{width}}{ms:>9.1f}{ratio:>11.2f}x{mib:>9.0f}{share:>11.2f}x")
 
 
 def _nothing() -> None:

@@ -4,7 +4,6 @@ Providers take turns in one process, so that what else the machine does hits all
 ratios. Memory is the peak of the process above what it held before the call.
 """
 
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.meter import meter
+from benchmarks.meter import meter, print_ratios
 from r1kernels import tiled_mlp, use_backend
 
 DEFAULT = ("4096", "512", "1536", "float32")
@@ -101,13 +100,7 @@ def main() -> None:
                 x.grad = None
             peaks[name].append(watch.peak(once)[1])
     print(f"T={T} D={D} I={I} {dtype} on {watch.name()}, {torch.get_num_threads()} threads")
-    print(f"{'':<22}{'ms':>9}{'of untiled':>12}{'MiB':>9}{'of untiled':>12}")
-    for name in steps:
-        # Round by round against the neighbour in time, then the median.
-        ratio = statistics.median(a / b for a, b in zip(times[name], times["untiled"], strict=True))
-        mib, whole = (statistics.median(peaks[x]) for x in (name, "untiled"))
-        ms = statistics.median(times[name])
-        print(f"{name:<22}{ms:>9.1f}{ratio:>11.2f}x{mib:>9.0f}{mib / whole:>11.2f}x")
+    print_ratios(times, peaks, "untiled")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ allow. Gradients are compared first. Weights are random, nothing is downloaded.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 
-from r1kernels import PolicyObjective, SharedPrefixes, linear_policy_loss, register_attention
+from benchmarks.longseq_problem import build_model
+from benchmarks.meter import meter
+from r1kernels import PolicyObjective, SharedPrefixes, linear_policy_loss
 from r1kernels.model_shape import NAMED, ModelShape
 
 SMALL = ModelShape(
@@ -38,22 +39,6 @@ def operations(shape: ModelShape, groups: list[tuple[int, list[int]]], shared: b
             pairs += sum((prompt + length) ** 2 / 2 for length in rest)
     head = len(layout.rows) * shape.hidden * shape.vocab
     return tokens * matrices + head + 2 * shape.layers * shape.query_width * pairs
-
-
-def build(shape: ModelShape, longest: int, dtype: str, device: str):
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied, max_position_embeddings=longest, use_cache=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=register_attention()
-        ).train()
 
 
 def steps(model, groups, device: str) -> dict[str, Callable[[], None]]:
@@ -105,16 +90,6 @@ def gradient(model, step) -> torch.Tensor:
     return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
-def seconds(step, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", type=int, default=1024)
@@ -128,7 +103,8 @@ def main() -> None:
     args = parser.parse_args()
     shape = SMALL if args.model == "small" else NAMED[args.model]
     groups = [(args.prompt, [args.completion] * args.group)] * args.groups
-    model = build(shape, args.prompt + args.completion, args.dtype, args.device)
+    longest, watch = args.prompt + args.completion, meter(args.device)
+    model = build_model(shape, longest, args.dtype, args.device, "r1kernels")
     both = steps(model, groups, args.device)
     ours, theirs = (gradient(model, both[name]) for name in ("shared", "unshared"))
     gap = float((ours - theirs).norm() / theirs.norm())
@@ -137,7 +113,7 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in both}
     for turn in range(args.turns):
         for name in sorted(both, reverse=bool(turn % 2)):
-            found[name].append(seconds(both[name], args.device))
+            found[name].append(watch.clock(both[name]) / 1e3)
     ratios = [a / b for a, b in zip(found["unshared"], found["shared"], strict=True)]
     ideal = operations(shape, groups, False) / operations(shape, groups, True)
     print(

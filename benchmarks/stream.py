@@ -6,7 +6,6 @@ what it held before the call. The model is a random Qwen2 with 8 query heads on 
 is no head and no loss.
 """
 
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.meter import meter
+from benchmarks.meter import meter, print_ratios
 from r1kernels import stream_model
 
 DEFAULT = ("4096", "256", "4", "float32")
@@ -87,13 +86,7 @@ def main() -> None:
                 peaks[name].append(watch.peak(once)[1])
     threads = torch.get_num_threads()
     print(f"T={T} D={D} L={L} chunk={chunk_size} {dtype} on {watch.name()}, {threads} threads")
-    print(f"{'':<18}{'ms':>9}{'of plain':>11}{'MiB':>9}{'of plain':>11}")
-    for name in steps:
-        # Round by round against the neighbour in time, then the median.
-        ratio = statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True))
-        mib, whole = (statistics.median(peaks[x]) for x in (name, "plain"))
-        ms = statistics.median(times[name])
-        print(f"{name:<18}{ms:>9.0f}{ratio:>10.2f}x{mib:>9.0f}{mib / whole:>10.2f}x")
+    print_ratios(times, peaks, "plain")
 
 
 if __name__ == "__main__":

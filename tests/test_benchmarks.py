@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import harness, mlp, prefix_sharing, report, run
+from benchmarks import harness, mlp, prefix_sharing, report, run, stream
 from benchmarks import problem as problems
 from benchmarks.cpu_suite import percentile, verdict
 from benchmarks.problem import MODES
@@ -269,3 +269,18 @@ def test_mlp_table(monkeypatch, capsys):
     monkeypatch.setattr(mlp, "tiled_mlp", lambda *x: 1.1 * mlp.untiled(*x))
     with pytest.raises(RuntimeError, match="tiled_mlp differs from the untiled MLP by 1"):
         mlp.main()
+
+
+def test_stream_table(monkeypatch, capsys):
+    monkeypatch.setattr(stream, "ROUNDS", 1)
+    monkeypatch.setattr("sys.argv", ["stream", "24", "32", "1"])
+    stream.main()
+    printed = capsys.readouterr().out
+    names = ("plain", "checkpointed", "stream_model", "saved attention")
+    assert all(f"\n{name}  " in printed for name in names)
+    right = stream.stream_model
+    monkeypatch.setattr(
+        stream, "stream_model", lambda *x, **more: lambda ids: 1.1 * right(*x, **more)(ids)
+    )
+    with pytest.raises(RuntimeError, match="stream_model differs from the plain model by 1"):
+        stream.main()
