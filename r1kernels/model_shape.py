@@ -55,9 +55,7 @@ class ModelShape:
     def __post_init__(self):
         sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
         for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            _check_size(name, getattr(self, name))
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} kv_heads do not divide {self.heads} heads")
 
@@ -127,7 +125,7 @@ class ModelShape:
                 config.json or of the folder that holds one.
 
         Raises: FileNotFoundError when there is no such file; ValueError naming the keys that are
-            missing, a model type that is not known, or a mixture of experts.
+            missing or no sizes, a model type that is not known, or a mixture of experts.
         """
         if isinstance(config, str | os.PathLike):
             path = Path(config)
@@ -138,6 +136,8 @@ class ModelShape:
                 config = json.loads(path.read_text())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} is not JSON: {error}") from error
+            if not isinstance(config, Mapping):
+                raise ValueError(f"{path} holds no JSON object, so no configuration of a model")
         if not isinstance(config, Mapping):
             if not hasattr(config, "to_dict"):
                 raise TypeError(f"config must be a configuration, got {type(config).__name__}")
@@ -156,6 +156,8 @@ class ModelShape:
             if config.get(key):
                 raise ValueError(f"a mixture of experts ({key}) is not a model this describes")
         sizes = {name: config[key] for name, key in SIZES.items()}
+        for name, key in SIZES.items():
+            _check_size(key, sizes[name])
         qkv_bias, out_bias, qk_norm = TRAITS[kind]
         given = bool(config.get("attention_bias"))
         window, kinds = config.get("sliding_window"), config.get("layer_types")
@@ -177,6 +179,11 @@ class ModelShape:
             window_layers=narrow,
             max_positions=position_limit(config),
         )
+
+
+def _check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 NAMED = {

@@ -208,7 +208,9 @@ def test_lengths_of_32_bits_do_not_wrap(kind):
         ),
         (lambda: shape_of(_config(num_experts=8)), ValueError, "mixture of experts"),
         (lambda: shape_of(_config(num_key_value_heads=5)), ValueError, "5 kv_heads do not divide"),
-        (lambda: shape_of(_config(hidden_size=-8)), ValueError, "hidden must be a positive"),
+        (lambda: shape_of(_config(hidden_size=-8)), ValueError, "hidden_size must be a positive"),
+        (lambda: shape_of(_config(num_attention_heads=0)), ValueError, "attention_heads must be a"),
+        (lambda: shape_of(_config(num_attention_heads="2")), ValueError, "integer, got '2'"),
     ],
 )
 def test_bad_input_is_named(make, error, message):
@@ -233,4 +235,7 @@ def test_a_folder_without_a_configuration_and_one_that_is_broken(tmp_path):
         shape_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
+        shape_of(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no JSON object"):
         shape_of(tmp_path)
