@@ -4,6 +4,8 @@
     backward(dout_THE, query_THE, key_SNE, value_SNE, out_THE, lse_TH, bounds, causal, rule,
              dkey_SNE, dvalue_SNE) -> dquery_THE        # and adds to the other two
 
+The last dimension of every tensor is dense: `attention_parts` sees to it.
+
 - FLASH: CUDA in half precision: the flash_attn package, or else the kernels inside torch. A query's
   gradient is added up by atomics there unless torch is told to be deterministic.
 - CPU: torch's fused CPU kernel, on one long sequence or on many short ones padded together.
@@ -125,6 +127,7 @@ def _installed_flash_attn():
         import flash_attn
         from flash_attn import flash_attn_interface as interface
     except ImportError:
+        # optional; a build for another torch fails here as well, and torch has kernels of its own
         return None
     version = tuple(int(part) for part in flash_attn.__version__.split(".")[:2])
     return interface if version >= (2, 7) else None
@@ -248,12 +251,13 @@ def _batches(spans: tuple[Span, ...], causal: bool) -> list[tuple[_Batch, _Batch
     Short ones under a causal rule are padded at their ends, where no query looks, in groups of at
     most twice their tokens. The others go alone and are not copied.
     """
-    short = [span for span in spans if causal and span[1] - span[0] <= PADDED]
-    alone = [span for span in spans if not (causal and span[1] - span[0] <= PADDED)]
+    short = [span for span in spans if causal and _length(span) <= PADDED]
+    alone = [span for span in spans if not causal or _length(span) > PADDED]
     return [_batch([span]) for span in alone] + [_batch(group) for group in _groups(short)]
 
 
 def _length(span: Span) -> int:
+    """Queries of a sequence."""
     return span[1] - span[0]
 
 

@@ -336,11 +336,6 @@ def _tiles(
     return torch.tensor(found, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def _rows_of(*tensors: Tensor) -> list[Tensor]:
-    """The same with contiguous last dimensions: an expanded gradient has none."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     return [x for tensor in tensors for x in tensor.stride()[:2]]
 
@@ -363,7 +358,7 @@ def forward(query_THE, key_SNE, value_SNE, bounds, causal, rule) -> tuple[Tensor
     """See `attention_kernels`. A query that sees no key has out 0 and lse -inf."""
     out_THE = torch.zeros_like(query_THE, memory_format=torch.contiguous_format)
     lse_TH = out_THE.new_full(out_THE.shape[:2], float("-inf"), dtype=torch.float32)
-    tensors = *_rows_of(query_THE, key_SNE, value_SNE), out_THE
+    tensors = query_THE, key_SNE, value_SNE, out_THE
     _launch(
         _attention_fwd_kernel, FORWARD, (*tensors, lse_TH), _strides(*tensors), query_THE, key_SNE,
         bounds, causal, rule.scale,
@@ -380,8 +375,7 @@ def backward(
     dquery_THE = torch.zeros(query_THE.shape, dtype=torch.float32, device=query_THE.device)
     lse_TH = lse_TH.contiguous()
     delta_TH = torch.empty_like(lse_TH)
-    inputs = _rows_of(dout_THE.to(query_THE.dtype), query_THE, key_SNE, value_SNE)
-    (out_THE,) = _rows_of(out_THE)
+    inputs = dout_THE.to(query_THE.dtype), query_THE, key_SNE, value_SNE
     rest = query_THE, key_SNE, bounds, causal, rule.scale
     _launch(
         _attention_dquery_kernel, QUERIES, (*inputs, out_THE, lse_TH, delta_TH, dquery_THE),

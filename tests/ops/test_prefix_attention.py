@@ -1,7 +1,6 @@
 """Shared prompts against the same sequences without sharing: attention, head, whole models."""
 
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from r1kernels import (
     share_prefixes,
 )
 from r1kernels.attention_parts import Bounds, attend, attend_backward
+from r1kernels.reference.attention import attention
 from r1kernels.shared_prefixes import token_ratio
 
 # groups of many and few completions, plain sequences among them, prompts and completions of 1
@@ -40,17 +40,9 @@ def heads(layout, dtype, H=4, N=2, E=8):
 
 
 def dense(query, key, value, bounds):
-    """Causal attention of the packed sequences, differentiable, scores and all."""
-    G = query.shape[1] // key.shape[1]
-    outs = []
-    for start, stop in pairwise(bounds):
-        q = query[start:stop]
-        k, v = (x[start:stop].repeat_interleave(G, 1) for x in (key, value))
-        scores = torch.einsum("qhe,khe->hqk", q, k) * q.shape[-1] ** -0.5
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        probs = scores.masked_fill(future, float("-inf")).softmax(-1)
-        outs.append(torch.einsum("hqk,khe->qhe", probs, v))
-    return torch.cat(outs)
+    """Causal attention of the packed sequences by its definition, scores and all."""
+    scale = query.shape[-1] ** -0.5
+    return attention(query, key, value, bounds, bounds, causal=True, scale=scale)[0]
 
 
 def gradients(function, inputs, dout):

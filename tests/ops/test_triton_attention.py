@@ -10,7 +10,7 @@ from r1kernels.attention_kernels import use_kernel
 from r1kernels.attention_parts import Bounds, attend, attend_backward, merge
 from r1kernels.varlen_attention import varlen_attention
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's product of bfloat16 is wrong; a GPU is not asked for float32.
 DTYPES = [torch.float16, torch.bfloat16 if DEVICE == "cuda" else torch.float32]
