@@ -80,7 +80,9 @@ def choose(query_THE: Tensor, bounds: Bounds, rule: Rule) -> Kernel:
         module = load("attention", "triton")
         reason = module if isinstance(module, str) else module.refuses(query_THE, rule)
         if reason is not None:
-            raise RuntimeError(f"no Triton attention: {reason}")
+            raise RuntimeError(
+                f"no Triton attention: {reason}; use_kernel(None) takes what the device has"
+            )
         return Kernel(module.forward, module.backward, rectangles=True)
     if _wanted.value == "tiled":
         return TILED
