@@ -3,12 +3,7 @@
 import copy
 import gc
 import importlib
-import os
-import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +23,8 @@ from r1kernels.host_store import HostStore
 from r1kernels.offloaded_checkpoint import checkpoint_layers, offloaded_checkpoint
 from tests.ops import offload_ranks
 from tests.ops.fake_streams import EagerStreams
+from tests.ops.rank_program import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 T, D = 9, 8
 torch_checkpoint = partial(checkpoint, use_reentrant=False)
 
@@ -482,22 +477,7 @@ def test_models_without_the_hook_are_refused_by_name(decoder):
 
 
 def test_data_parallel_and_sharded_models(tmp_path):
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    process = subprocess.Popen(
-        [sys.executable, offload_ranks.__file__, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        errors = process.communicate(timeout=120)[1]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors
-    for rank in range(offload_ranks.RANKS):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in run_ranks(offload_ranks, tmp_path, offload_ranks.RANKS, timeout=120):
         for name in ("ddp", "fsdp"):
             for title, x in found[name].items():
                 torch.testing.assert_close(x, found["plain"][title], rtol=1e-12, atol=1e-12)

@@ -1,9 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import available_backends
@@ -14,9 +8,9 @@ from r1kernels.reference.policy_loss import policy_loss as policy_loss_ref
 from tests.numerics import assert_no_worse
 from tests.ops import shard_ranks
 from tests.ops.head_cases import eager
+from tests.ops.rank_program import run_ranks
 from tests.ops.shard_ranks import ADVANTAGES, CASES, LENGTHS, OBJECTIVES, equal, make
 
-ROOT = Path(__file__).resolve().parents[2]
 # Of the vocabulary: a rank has its slice of it.
 REFUSED = "RuntimeError: group: ranks [{last}] refused their arguments"
 SLICED = ("dweight", "dbias", "dlora_b")
@@ -26,21 +20,7 @@ SLICED = ("dweight", "dbias", "dlora_b")
 def ranks(request, tmp_path_factory):
     """What every rank found, in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    process = subprocess.Popen(
-        [sys.executable, shard_ranks.__file__, str(request.param), str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        errors = process.communicate(timeout=300)[1]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return run_ranks(shard_ranks, folder, request.param, str(request.param))
 
 
 def by_hand(given, case):

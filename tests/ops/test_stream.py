@@ -1,8 +1,4 @@
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +19,7 @@ from r1kernels.stream_model import default_chunk_size, stream_model
 from tests.numerics import assert_no_worse, relative_l2
 from tests.ops import stream_ranks
 from tests.ops.fake_streams import EagerStreams
+from tests.ops.rank_program import run_ranks
 from tests.ops.stream_cases import (
     OFFSETS,
     PROMPTS,
@@ -36,7 +33,6 @@ from tests.ops.stream_cases import (
     plain,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
     "Llama": {"attention_bias": True, "mlp_bias": True},
     "Qwen2": {"tie_word_embeddings": True},
@@ -263,16 +259,7 @@ def test_adapters_beside_frozen_weights(tokens):
 
 def test_data_parallel(tmp_path):
     """Every parameter's gradient arrives once, and is the mean of the ranks' own."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, stream_ranks.__file__, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(stream_ranks.RANKS)]
+    ranks = run_ranks(stream_ranks, tmp_path, stream_ranks.RANKS)
     alone = stream_ranks.model()
     losses = [
         stream_ranks.loss(alone, stream_model(alone, chunk_size=16), rank)

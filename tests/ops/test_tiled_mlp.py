@@ -1,9 +1,4 @@
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +14,8 @@ from r1kernels.weight_grads import WeightGrads
 from tests.numerics import assert_no_worse, relative_l2
 from tests.ops import mlp_ranks
 from tests.ops.head_cases import supported
+from tests.ops.rank_program import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 T, D, I, R, SCALE = 37, 24, 40, 3, 1.7
 PARTS = {"gate": (I, D), "up": (I, D), "down": (D, I)}
 
@@ -281,21 +276,7 @@ def test_a_low_rank_term_without_its_scale():
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two ranks found (`mlp_ranks`), in rank order."""
-    folder = tmp_path_factory.mktemp("ranks")
-    process = subprocess.Popen(
-        [sys.executable, mlp_ranks.__file__, str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        errors = process.communicate(timeout=300)[1]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(mlp_ranks.RANKS)]
+    return run_ranks(mlp_ranks, tmp_path_factory.mktemp("ranks"), mlp_ranks.RANKS)
 
 
 @pytest.mark.parametrize("way", ["ddp", "ddp checkpoint", "fsdp", "fsdp checkpoint"])
