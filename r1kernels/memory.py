@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from r1kernels.balance import largest_tokens
+from r1kernels.chunked_head import DEFAULT_WORKSPACE_MB
 from r1kernels.memory_events import WORKSPACE, Layer
 from r1kernels.memory_step import Optimizer, Step
 from r1kernels.model_shape import NAMED, ModelShape, shape_of
@@ -28,8 +29,6 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What a device needs beside the tensors that are counted: context and libraries, fragmentation.
 SLACK = {"cpu": 0, "cuda": 6_000_000_000}
 ATTENTION = {"cpu": "cpu", "cuda": "flash2"}
-WORKSPACE_MB = {"cpu": 256, "cuda": 1280}
-
 
 OPTIMIZERS = {
     "none": Optimizer(None, 0, 0, 0),
@@ -121,7 +120,7 @@ def peak_bytes(
     )  # fmt: skip
     step = Step(
         layer, mode, OPTIMIZERS[optimizer], accumulate, fused_head, chunk_size,
-        workspace_mb or WORKSPACE_MB[device], device,
+        workspace_mb or DEFAULT_WORKSPACE_MB[device], device,
     )  # fmt: skip
     account = step.run()
     slack = SLACK[device] if slack is None else slack
