@@ -38,12 +38,14 @@ REQUIRED = (
 
 
 def load(folder: Path) -> list[dict]:
-    """Every row of every file.
+    """Every row of every file; a dry run of a GPU's plan measured nothing and is left out.
 
     Raises ValueError on a row that lacks a field or has a time without a passed check.
     """
     rows = []
     for path in sorted(folder.glob("*.jsonl")):
+        if path.name.startswith("dry-run"):
+            continue
         for number, text in enumerate(path.read_text().splitlines(), 1):
             row = json.loads(text)
             lacking = [key for key in REQUIRED if key not in row]

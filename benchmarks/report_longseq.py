@@ -33,7 +33,7 @@ def label(row: dict) -> str:
 
 
 def named(rows: list[dict], op: str, cpu: bool) -> list[dict]:
-    """Rows of an op, of a CPU or of GPUs; a dry run's tiny decoder is neither."""
+    """Rows of an op, of a CPU, or of GPUs and large decoders."""
     return [
         row
         for row in rows

@@ -313,6 +313,9 @@ def test_report_shows_peaks_slopes_and_what_was_not_measured(cpu_rows, gpu_rows,
     results = tmp_path / "results"
     results.mkdir()
     (results / "longseq_cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in cpu_rows))
+    dry = "".join(json.dumps(row) + "\n" for row in gpu_rows)
+    (results / "dry-run_longseq.jsonl").write_text(dry)
+    assert report.load(results) == cpu_rows
     readme = tmp_path / "README.md"
     arguments = ["--results", str(results), "--readme", str(readme)]
     report.main(arguments)
