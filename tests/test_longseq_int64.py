@@ -116,6 +116,7 @@ def test_dense_queries():
 @pytest.mark.gpu
 def test_dense_hidden_states_of_a_streamed_model():
     """One layer of width 4096 on packed sequences of 1024 tokens."""
+    # stream_model takes transformers' models; the kernels are tested where it is not installed.
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen2Config(
         hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
