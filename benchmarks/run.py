@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(
         any(
             row["status"] not in fine
+            # cpu_suite's words for what a provider does not offer, which is no failure.
             and row["reason"] != f"no {row['mode']} mode"
             and (suite.is_ours(row) or row["op"] == "environment")
             for row in rows
