@@ -6,9 +6,6 @@ import pytest
 pytest.importorskip("trl")
 pytest.importorskip("liger_kernel")
 
-# Before any test: it imports vLLM, which leaves variables in the environment.
-import trl.trainer.grpo_trainer  # noqa: F401
-
 import r1kernels
 from benchmarks import dropin_suite, report, run
 
